@@ -1,0 +1,181 @@
+"""How triples become micro-batches: token ids, length limits, mismatched partners, balanced deterministic batches."""
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from lmolt.prompts import build_prompt, encode_output, encode_prompt
+
+
+@dataclass
+class Example:
+    """One tokenized triple. `mismatched` is another triple's output, for KTO's z (Eq. 11), or empty."""
+
+    id: str
+    direction: str
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    mismatched: list[int]
+    # log-probabilities of chosen, rejected and mismatched under the reference; None where no loss asks for them
+    reference: tuple[float, float, float] | None = None
+    source: str = ""  # as text, with the preferred output, for translations during evaluation
+    target: str = ""
+
+
+@dataclass
+class MicroBatch:
+    """Examples of one forward pass. One that is not `live` only keeps a rank without work in step with the others."""
+
+    examples: list[Example]
+    live: bool
+
+
+class Triples(Dataset):
+    """Examples, drawn by (index, live) as `StepBatchSampler` does."""
+
+    def __init__(self, examples: list[Example]):
+        self.examples = examples
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, drawn: tuple[int, bool]) -> tuple[Example, bool]:
+        index, live = drawn
+        return self.examples[index], live
+
+
+def collate(drawn: list[tuple[Example, bool]]) -> MicroBatch:
+    return MicroBatch([example for example, _ in drawn], drawn[0][1])
+
+
+def encode_triples(triples: list[dict], tokenizer, max_length: int, on_too_long: str) -> tuple[list[Example], Counter]:
+    """Tokenize triples; those whose prompt and longer output exceed `max_length` tokens are dropped or an error.
+
+    Returns the examples and how many were dropped, by cause. Nothing is ever cut.
+    """
+    examples, dropped = [], Counter()
+    for row, triple in enumerate(triples, start=1):
+        prompt = encode_prompt(tokenizer, build_prompt(triple["direction"], triple["source"]))
+        chosen, rejected = (encode_output(tokenizer, triple[key]) for key in ("chosen", "rejected"))
+        length = len(prompt) + max(len(chosen), len(rejected))
+        if length > max_length:
+            if on_too_long == "error":
+                raise ValueError(
+                    f"triple {row} (id {triple['id']!r}) takes {length} tokens, over --max_length {max_length}; "
+                    "raise it, or drop and count such rows with --max_length_policy drop"
+                )
+            dropped[f"over {max_length} tokens ({triple['direction']})"] += 1
+            continue
+        if chosen == rejected:
+            dropped[f"chosen equals rejected ({triple['direction']})"] += 1
+            continue
+        texts = {"source": triple["source"], "target": triple["chosen"]}
+        examples.append(Example(str(triple["id"]), triple["direction"], prompt, chosen, rejected, [], **texts))
+    if not examples:
+        raise ValueError(f"none of the {len(triples)} triples is left to train on: {dict(dropped)}")
+    return examples, dropped
+
+
+def assign_mismatches(examples: list[Example], seed: int) -> None:
+    """Give each example an output of another source in the same direction, preferred or not with equal chance.
+
+    Drawn once over the whole data set and kept, so that KTO's z (Eq. 11) doesn't depend on how batches are formed.
+    Never an output of the same source, nor one that equals the example's own outputs. `ValueError` if there is none.
+    """
+    draw = random.Random(seed)
+    for direction in sorted({example.direction for example in examples}):
+        group = [example for example in examples if example.direction == direction]
+        for example in group:
+            for _ in range(100):
+                other = draw.choice(group)
+                output = draw.choice((other.chosen, other.rejected))
+                if other.prompt != example.prompt and output not in (example.chosen, example.rejected):
+                    example.mismatched = output
+                    break
+            else:
+                raise ValueError(
+                    f"KTO's z needs an output of another source for each {direction} triple, and 100 draws found none "
+                    f"for id {example.id!r}; the data are too few or too uniform"
+                )
+
+
+def tree_costs(examples: list[Example]) -> list[int]:
+    """Tokens that each example adds to a tree beyond its direction's shared instruction."""
+    shared = {}
+    for direction in {example.direction for example in examples}:
+        prompts = [example.prompt for example in examples if example.direction == direction]
+        low, high = min(prompts), max(prompts)  # the prefix common to the extremes is common to all
+        different = (at for at, (a, b) in enumerate(zip(low, high, strict=False)) if a != b)
+        shared[direction] = next(different, 0 if len(prompts) == 1 else min(len(low), len(high)))
+    return [len(e.prompt) - shared[e.direction] + len(e.chosen) + len(e.rejected) for e in examples]
+
+
+def balance(indices: list[int], costs: list[int], bins: int, most: int | None) -> list[list[int]]:
+    """Partition `indices` into `bins` of near-equal cost: the costliest first, each to the lightest bin with room."""
+    parts, load = [[] for _ in range(bins)], [0] * bins
+    for index in sorted(indices, key=lambda i: (-costs[i], i)):
+        room = (b for b in range(bins) if most is None or len(parts[b]) < most)
+        lightest = min(room, key=lambda b: (load[b], b))
+        parts[lightest].append(index)
+        load[lightest] += costs[index]
+    return parts
+
+
+class StepBatchSampler:
+    """Micro-batches of `(index, live)` for one rank, the same optimizer steps however they are split.
+
+    Each epoch is shuffled by seed and cut into steps of `pairs_per_step` triples; each step's triples are spread over
+    `micro_batches * world` bins of near-equal cost. Every row is drawn once an epoch; a rank left without work in the
+    last step gets a row that is not live, so that all ranks run equally many forward passes.
+    """
+
+    def __init__(self, costs, pairs_per_step, micro_batches=1, *, most=None, rank=0, world=1, seed=0, shuffle=True):
+        self.costs, self.pairs_per_step, self.micro_batches, self.most = (
+            costs,
+            pairs_per_step,
+            micro_batches,
+            most,
+        )
+        self.rank, self.world, self.seed, self.shuffle, self.epoch = rank, world, seed, shuffle, 0
+
+    def __len__(self):
+        return -(-len(self.costs) // self.pairs_per_step) * self.micro_batches
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def steps(self) -> list[list[int]]:
+        """The triples of each optimizer step of this epoch."""
+        order = np.arange(len(self.costs))
+        if self.shuffle:
+            np.random.default_rng([self.seed, self.epoch]).shuffle(order)
+        return [order[at : at + self.pairs_per_step].tolist() for at in range(0, len(order), self.pairs_per_step)]
+
+    def __iter__(self):
+        for step in self.steps():
+            parts = balance(step, self.costs, self.micro_batches * self.world, self.most)
+            for part in parts[self.rank :: self.world]:
+                yield [(index, True) for index in part] or [(step[0], False)]
+
+
+def micro_batches_for(costs, pairs_per_step, tokens_per_batch, *, world, seed, epochs) -> int:
+    """The fewest micro-batches a step that keep every micro-batch of every epoch within `tokens_per_batch`."""
+    if max(costs) > tokens_per_batch:
+        raise ValueError(
+            f"one triple alone takes {max(costs)} tokens, over --tokens_per_batch {tokens_per_batch}; raise it"
+        )
+    needed = 1
+    for epoch in range(epochs):
+        sampler = StepBatchSampler(costs, pairs_per_step, seed=seed)
+        sampler.set_epoch(epoch)
+        for step in sampler.steps():
+            fits = False
+            while not fits:
+                parts = balance(step, costs, needed * world, None)
+                fits = max(sum(costs[i] for i in part) for part in parts) <= tokens_per_batch
+                needed += not fits
+    return needed

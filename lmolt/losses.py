@@ -1,0 +1,77 @@
+"""The losses, as pure functions of sequence log-probabilities.
+
+Equation numbers are those of Gkoumas & Liakata, "Feedback-aligned Mixed LLMs for Machine Language-Molecule
+Translation". Notation: `logp(y) = sum_t log pi(y_t | x, y_<t)` over the tokens of an output, its EOS counted, is a
+tensor (B,); `chosen`, `rejected` name the preferred and the dis-preferred output of each triple; `ref_*` are the same
+under the frozen reference.
+
+Each function returns the sum of its examples' losses over a *global* count: `num_pairs` triples or `num_tokens`
+preferred tokens of the whole optimizer step, all ranks and accumulation steps. So the losses of micro-batches add up
+to the loss of the batch, however it is split. A count left out is the batch's own.
+"""
+
+import torch
+from torch.nn.functional import logsigmoid
+
+LOSSES = ("sft", "dpo", "cpo", "kto", "kto_pair")
+USES_REFERENCE = ("dpo", "kto", "kto_pair")
+
+
+def sft(chosen, chosen_tokens, *, num_tokens=None):
+    """Eq. 4: negative log-likelihood of the preferred outputs, mean over their tokens. `chosen_tokens` is (B,)."""
+    return -chosen.sum() / (chosen_tokens.sum() if num_tokens is None else num_tokens)
+
+
+def dpo(chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1, num_pairs=None):
+    """Eq. 5: -log s(beta [(logp(w) - ref(w)) - (logp(l) - ref(l))])."""
+    margins = (chosen - ref_chosen) - (rejected - ref_rejected)
+    return -logsigmoid(beta * margins).sum() / (len(chosen) if num_pairs is None else num_pairs)
+
+
+def cpo(chosen, rejected, chosen_tokens, *, beta=0.1, alpha=1.0, nll="token", num_pairs=None, num_tokens=None):
+    """Eqs. 6 and 8: -log s(beta [logp(w) - logp(l)]) + alpha NLL(w), without a reference.
+
+    `nll="token"` takes the mean over the tokens of all preferred outputs, as the paper's authors ran it (TRL's CPO);
+    `nll="sequence"` the mean over sequences, which is Eq. 8 to the letter.
+    """
+    num_pairs = len(chosen) if num_pairs is None else num_pairs
+    preference = -logsigmoid(beta * (chosen - rejected)).sum() / num_pairs
+    if nll == "token":
+        return preference + alpha * sft(chosen, chosen_tokens, num_tokens=num_tokens)
+    if nll == "sequence":
+        return preference - alpha * chosen.sum() / num_pairs
+    raise ValueError(f"nll is {nll!r}; use 'token' or 'sequence'")
+
+
+def kto_z(log_ratio_sum, num_pairs):
+    """Eq. 11: z = max(0, mean(logp(y_j|x_i) - ref(y_j|x_i))) over mismatched pairs, a constant without gradient.
+
+    `log_ratio_sum` is that difference's sum over the `num_pairs` mismatched pairs of the whole optimizer step.
+    """
+    return (log_ratio_sum.detach() / num_pairs).clamp(min=0)
+
+
+def kto(chosen, rejected, ref_chosen, ref_rejected, z, *, beta=0.1, lambda_p=1.0, lambda_d=1.0, num_pairs=None):
+    """Eqs. 9 to 13, each triple one desirable and one undesirable example; mean over both kinds of examples.
+
+    Desirable: lambda_P (1 - s(beta (r_w - z))); undesirable: lambda_D (1 - s(beta (z - r_l))), r = logp - ref.
+    """
+    desirable = lambda_p * (1 - torch.sigmoid(beta * ((chosen - ref_chosen) - z)))
+    undesirable = lambda_d * (1 - torch.sigmoid(beta * (z - (rejected - ref_rejected))))
+    return (desirable + undesirable).sum() / (2 * (len(chosen) if num_pairs is None else num_pairs))
+
+
+def kto_pair(chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1, num_pairs=None):
+    """The loss behind the paper's "DPO" figures: TRL 0.8's `loss_type="kto_pair"`.
+
+    Each kind's reward is measured against the other's mean over the micro-batch, with gradient. It therefore depends
+    on how a batch is split, unlike the other losses; the authors ran it at one triple a micro-batch.
+    """
+    r_chosen, r_rejected = chosen - ref_chosen, rejected - ref_rejected
+    losses = torch.cat(
+        [
+            1 - torch.sigmoid(beta * (r_chosen - r_rejected.mean().clamp(min=0))),
+            1 - torch.sigmoid(beta * (r_chosen.mean().clamp(min=0) - r_rejected)),
+        ]
+    )
+    return losses.sum() / (2 * (len(chosen) if num_pairs is None else num_pairs))

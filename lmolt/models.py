@@ -1,0 +1,100 @@
+"""Load a policy: base model, 4-bit quantisation, LoRA adapter (new, or one that training continues)."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def nf4(double_quant: bool = True) -> BitsAndBytesConfig:
+    """QLoRA's storage: NF4 with double quantisation, computing in bf16 (the paper's appendix)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16,  # one storage dtype, so that FSDP can flatten parameters
+    )
+
+
+def check_model_folder(name: str) -> None:
+    """`FileNotFoundError` if `name` looks like a local folder and holds no model; Hub ids pass."""
+    folder = Path(name)
+    if not folder.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise FileNotFoundError(f"model folder {name!r} doesn't exist; give a folder with a model, or a Hub id")
+        return
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{name!r} is an adapter; give its base with --model and this folder with --adapter")
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{name!r} holds no config.json; give the folder that save_pretrained wrote")
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        raise FileNotFoundError(f"{name!r} has a config.json but no weights ({' or '.join(WEIGHTS)})")
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False):
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_base(name: str, *, revision=None, load_in_4bit=False, dtype=torch.bfloat16, trust_remote_code=False):
+    """A causal LM, in NF4 or in `dtype`, on this process's device. User's mistakes raise `ValueError`."""
+    check_model_folder(name)
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name!r} is an encoder-decoder ({config.model_type}); preference training takes causal LMs")
+    stored = getattr(config, "quantization_config", None)
+    if load_in_4bit and stored is not None:
+        raise ValueError(
+            f"{name!r} is stored quantised ({stored.get('quant_method', 'unknown')}) and can't be quantised to NF4 "
+            "again; use --load_in_4bit false, or the unquantised model"
+        )
+    kwargs = {"quantization_config": nf4()} if load_in_4bit else {}
+    if load_in_4bit and torch.cuda.is_available():
+        kwargs["device_map"] = {"": torch.cuda.current_device()}
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        revision=revision,
+        dtype=dtype,
+        attn_implementation="sdpa",  # takes the tree's 4-D mask, on every device
+        trust_remote_code=trust_remote_code,
+        **kwargs,
+    )
+    if load_in_4bit and not any(type(module).__name__ == "Linear4bit" for module in model.modules()):
+        raise ValueError(f"{name!r} ({config.model_type}) has no linear layer to quantise; use --load_in_4bit false")
+    return model
+
+
+def add_adapter(model, adapter: str | None, *, r: int, alpha: int, dropout: float, target_modules):
+    """The trainable policy: a fresh LoRA (B = 0, so the policy starts as its base), or `adapter` continued."""
+    if adapter is not None:
+        if not (Path(adapter) / "adapter_config.json").exists() and Path(adapter).exists():
+            raise FileNotFoundError(f"{adapter!r} holds no adapter_config.json; give the folder of a PEFT adapter")
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules,
+        bias="none",
+    )
+    return get_peft_model(model, config)
+
+
+def check_saved_adapter(folder: Path, model) -> None:
+    """Read a saved adapter back: the same tensors as in `model`, none empty, all finite. `ValueError` otherwise.
+
+    ZeRO-3 is known to save empty tensors in silence; there, what this rank holds is empty too and only shapes are compared.
+    """
+    saved, held = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(model)
+    if not saved or saved.keys() != held.keys():
+        raise ValueError(f"{folder}: the saved adapter has {len(saved)} tensors instead of {len(held)}")
+    for name, tensor in saved.items():
+        if tensor.numel() == 0 or not tensor.isfinite().all():
+            raise ValueError(f"{folder}: {name} was saved {'empty' if tensor.numel() == 0 else 'with NaN or Inf'}")
+        if held[name].numel() and not torch.equal(tensor, held[name].cpu().to(tensor.dtype)):
+            raise ValueError(f"{folder}: {name} was saved with other values than the model has")

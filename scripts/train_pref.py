@@ -1,0 +1,177 @@
+"""Align a causal LM with preference triples: SFT, DPO, CPO or KTO, with QLoRA.
+
+    accelerate launch scripts/train_pref.py --loss cpo
+    accelerate launch scripts/train_pref.py --loss dpo --model FOLDER_OR_HUB_ID --triples triples.parquet --output_dir runs/dpo
+    accelerate launch scripts/train_pref.py --recipe recipes/demo.yaml --output_dir runs/mine --resume_from_checkpoint true
+
+Without --model, --triples and --recipe it trains on the embedded default, building what that lacks.
+Every flag of transformers.TrainingArguments works; --recipe FILE.yaml sets defaults and flags win.
+Writes the adapter, its card, run.json, efficiency.json, the log and a plot to --output_dir.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
+
+import hashlib
+import shutil
+from collections import Counter
+from importlib.metadata import version
+
+import torch
+from lmolt.triples import read_triples
+from transformers import HfArgumentParser, set_seed
+from transformers.utils import logging as hf_logging
+
+from lmolt import batches, losses, models, reference, resume
+from lmolt.recipes import apply_recipe
+from lmolt.trainer import PreferenceArguments, PreferenceTrainer
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
+
+
+def parse_arguments(argv: list[str]) -> PreferenceArguments:
+    parser = HfArgumentParser(PreferenceArguments, description=__doc__)
+    parser.add_argument("--recipe", help="YAML file of defaults for these flags")
+    given = {argument.split("=")[0] for argument in argv}
+    default = None if given & {"--model", "--triples", "--recipe"} else ROOT / "recipes" / "demo.yaml"
+    apply_recipe(parser, argv, default)
+    args = parser.parse_args_into_dataclasses(argv)[0]
+    if not args.model or not args.triples:
+        raise ValueError("give both --model and --triples (or neither, nor --recipe, for the embedded default)")
+    return args
+
+
+def check_output_dir(args: PreferenceArguments) -> Path | None:
+    """The checkpoint to resume from, if that was asked for; an error before anything of value is overwritten."""
+    output_dir = Path(args.output_dir)
+    wanted = args.resume_from_checkpoint
+    if wanted and str(wanted).lower() not in ("true", "false"):
+        wrong = resume.what_is_wrong(Path(wanted)) if Path(wanted).is_dir() else "there is no such folder"
+        if wrong:
+            raise ValueError(f"can't resume from {wanted}: {wrong}; --resume_from_checkpoint true finds the latest")
+        return Path(wanted)
+    if wanted and str(wanted).lower() == "true":
+        return resume.last_good_checkpoint(output_dir)
+    if args.overwrite_output_dir:
+        if args.process_index == 0:
+            shutil.rmtree(output_dir, ignore_errors=True)
+    elif (output_dir / "adapter_model.safetensors").exists():
+        raise ValueError(
+            f"{output_dir} holds a finished adapter; choose another --output_dir or --overwrite_output_dir"
+        )
+    elif resume.checkpoints(output_dir):
+        raise ValueError(
+            f"{output_dir} holds checkpoints of an interrupted run; go on with --resume_from_checkpoint true, or start "
+            "anew with --overwrite_output_dir"
+        )
+    return None
+
+
+def split_by_source(triples: list[dict], fraction: float) -> tuple[list[dict], list[dict]]:
+    """Train and validation triples; a source is in one of them only, decided by its hash."""
+    held_out = lambda t: int(hashlib.sha256(t["source"].encode()).hexdigest()[:8], 16) / 16**8 < fraction
+    return [t for t in triples if not held_out(t)], [t for t in triples if held_out(t)]
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
+    set_seed(args.seed)
+    is_main = args.process_index == 0
+    say = print if is_main else lambda *_: None
+
+    # --- output folder, demo
+    checkpoint = check_output_dir(args)
+    demo_models = ROOT / "runs" / "demo"
+    if demo_models in (ROOT / args.triples).parents:
+        from lmolt import demo  # the embedded default: what it lacks is built on the first process
+
+        with args.main_process_first(desc="building the embedded default"):
+            demo.prepare()
+
+    # --- triples -> token ids
+    tokenizer = models.load_tokenizer(args.model, args.revision, args.trust_remote_code)
+    train = read_triples(args.triples)
+    if args.eval_triples:
+        held_out = read_triples(args.eval_triples)
+    else:
+        train, held_out = split_by_source(train, args.eval_fraction)
+    train, dropped = batches.encode_triples(train, tokenizer, args.max_length, args.max_length_policy)
+    if held_out:
+        held_out, dropped_too = batches.encode_triples(held_out, tokenizer, args.max_length, args.max_length_policy)
+        dropped += dropped_too
+    else:
+        args.eval_strategy, args.load_best_model_at_end = "no", False
+        say("no held-out triples: nothing is evaluated, and the last model is kept instead of the best")
+    if args.loss == "kto":
+        batches.assign_mismatches(train + held_out, args.seed)
+    count = lambda examples: dict(sorted(Counter(e.direction for e in examples).items()))
+    say(f"reads {args.triples}: {count(train)} to train on, {count(held_out)} held out, dropped {dict(dropped) or 0}")
+
+    # --- policy
+    base = models.load_base(
+        args.model,
+        revision=args.revision,
+        load_in_4bit=args.load_in_4bit,
+        dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+        trust_remote_code=args.trust_remote_code,
+    )
+    targets = args.lora_target_modules
+    policy = models.add_adapter(
+        base,
+        args.adapter,
+        r=args.lora_r,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+    )
+    trainer = PreferenceTrainer(policy, args, train, held_out, processing_class=tokenizer)
+
+    # --- reference
+    reference_name = f"adapter {args.adapter}, frozen" if args.adapter else f"base model {args.model}, adapter off"
+    if args.loss in losses.USES_REFERENCE:
+        identity = {
+            "base": reference.weights_identity(args.model, getattr(base.config, "_commit_hash", None)),
+            "adapter": reference.weights_identity(args.adapter, None) if args.adapter else "",
+            "precision": f"nf4={args.load_in_4bit} bf16={args.bf16} fp16={args.fp16}",
+        }
+        say(f"reference: {reference_name}; its log-probabilities were {trainer.set_references(identity)}")
+    else:
+        reference_name = "none (the loss has no reference)"
+        say(f"reference: {reference_name}")
+
+    # --- train
+    if checkpoint is not None:
+        say(f"resumes from {checkpoint}")
+        trainer.efficiency.resume_from(checkpoint / "efficiency.json")
+    say(f"writes {args.output_dir}")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    # --- save
+    run = {
+        "arguments": {k: v for k, v in args.to_sanitized_dict().items() if "token" not in k or k == "tokens_per_batch"},
+        "reference": reference_name,
+        "data": {
+            "triples_sha256": reference.sha256_file(Path(args.triples)),
+            "train": count(train),
+            "evaluation": count(held_out),
+            "dropped": dict(dropped),
+        },
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    trainer.save_finished(run)
+    say(f"wrote {args.output_dir}: the adapter, its card, run.json, efficiency.json, trainer_state.json, training.png")
+
+
+if __name__ == "__main__":
+    hf_logging.set_verbosity_warning()
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; go on from the last checkpoint with --resume_from_checkpoint true", file=sys.stderr)
+        sys.exit(130)
