@@ -205,7 +205,7 @@ class PreferenceTrainer(Trainer):
 
     def _reference(self, batch: MicroBatch, column: int) -> torch.Tensor:
         values = [example.reference[column] for example in batch.examples]
-        return torch.tensor(values, dtype=torch.float32, device=self.args.device)
+        return torch.tensor(values, dtype=torch.float64, device=self.args.device)
 
     def _forward(self, model, batch: MicroBatch, num_pairs, num_tokens, z) -> tuple[torch.Tensor, torch.Tensor]:
         """This micro-batch's share of the loss, and its statistics (directions, STATISTICS)."""
@@ -364,7 +364,7 @@ class PreferenceTrainer(Trainer):
         self.model.eval()
         per_pass = self.args.eval_batch_size * self.args.world_size
         sampler = self._sampler(tree_costs(examples), per_pass, shuffle=False)
-        logps = torch.zeros(len(examples), 3, device=self.args.device)
+        logps = torch.zeros(len(examples), 3, dtype=torch.float64, device=self.args.device)
         for drawn in tqdm(sampler, desc="reference log-probabilities", disable=not self.is_world_process_zero()):
             rows = [index for index, _ in drawn]
             outputs = [(i, c, ids) for i in rows for c, ids in enumerate(_outputs(examples[i])) if ids]

@@ -95,7 +95,7 @@ def build_tree(sequences: list[tuple[list[int], list[int]]]) -> Tree:
 
 
 def tree_logps(model, tree: Tree, score_chunk: int = 512) -> torch.Tensor:
-    """Summed log-probability of each sequence's output, (N,) in fp32, from one forward pass of `model`.
+    """Summed log-probability of each sequence's output, (N,) summed in float64, from one forward pass of `model`.
 
     `model` may be wrapped (DDP, DeepSpeed, FSDP, PEFT): the pass goes through its own `forward`.
     """
@@ -113,12 +113,13 @@ def tree_logps(model, tree: Tree, score_chunk: int = 512) -> torch.Tensor:
     else:
         with _head_that_scores(head, tree.targets, score_chunk):
             scored = model(**inputs).logits[0, :, 0]  # (S,), log-probabilities in the place of logits
+    scored = scored.double()  # sums of a hundred terms near -6 lose 1e-4 in fp32, as much as a close margin
     total = scored.new_zeros(len(tree.num_tokens))
     return total.index_add(0, tree.members[1], scored[tree.members[0]])
 
 
 def padded_logps(model, sequences: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """The plain form of `tree_logps`: one right-padded row a sequence, all logits. (N,) in fp32.
+    """The plain form of `tree_logps`: one right-padded row a sequence, all logits. (N,).
 
     It is what the tree is checked against, and what trains models whose attention takes no 4-D mask.
     """
@@ -136,7 +137,7 @@ def padded_logps(model, sequences: list[tuple[list[int], list[int]]]) -> torch.T
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     labels = labels[:, 1:]
     logps = _gather_logps(logits[:, :-1], labels.clamp(min=0))  # position t predicts token t + 1
-    return (logps * (labels != IGNORED)).sum(-1)
+    return (logps * (labels != IGNORED)).sum(-1, dtype=torch.float64)
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

@@ -1,0 +1,212 @@
+"""Training: one gradient however a step is split, every row once an epoch, resume to the bit, collapse seen."""
+
+import logging
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lmolt import batches, models
+from lmolt.batches import StepBatchSampler, balance
+from lmolt.trainer import PreferenceArguments, PreferenceTrainer
+
+LOSSES = ("sft", "dpo", "cpo", "kto")
+
+
+def make_trainer(folder, triples, output_dir, **overrides) -> PreferenceTrainer:
+    tokenizer = models.load_tokenizer(str(folder))
+    examples, _ = batches.encode_triples(triples, tokenizer, 512, "error")
+    settings = {
+        "loss": "cpo",
+        "model": str(folder),
+        "output_dir": str(output_dir),
+        "load_in_4bit": False,
+        "bf16": False,
+        "use_cpu": True,
+        "lora_dropout": 0.0,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "num_train_epochs": 1,
+        "gradient_accumulation_steps": 1,
+        "disable_tqdm": True,
+    }
+    args = PreferenceArguments(**(settings | overrides))
+    if args.loss == "kto":
+        batches.assign_mismatches(examples, args.seed)
+    torch.manual_seed(0)
+    base = models.load_base(str(folder), load_in_4bit=args.load_in_4bit, dtype=torch.float32)
+    policy = models.add_adapter(base, None, r=4, alpha=16, dropout=args.lora_dropout, target_modules="all-linear")
+    held_out = examples[:4] if args.eval_strategy != "no" else []
+    trainer = PreferenceTrainer(policy, args, examples, held_out, processing_class=tokenizer)
+    if args.loss in ("dpo", "kto", "kto_pair"):
+        trainer.set_references({"test": "base"})
+        # away from the reference, so that rewards differ and KTO's z isn't 0
+        with torch.no_grad():
+            for name, parameter in policy.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.05)
+    return trainer
+
+
+def step_gradient(trainer) -> torch.Tensor:
+    """The gradient of one optimizer step, as Trainer's loop accumulates it."""
+    micro, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), trainer.args.gradient_accumulation_steps, "cpu")
+    normalisers = trainer._normalisers(micro)
+    trainer.model.train()
+    for batch in micro:
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=normalisers).backward()
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_does_not_depend_on_how_a_step_is_split(loss, tiny_policy, few_triples, tmp_path):
+    gradients = []
+    for size, accumulation in ((8, 1), (4, 2), (2, 4), (1, 8)):
+        trainer = make_trainer(
+            tiny_policy,
+            few_triples,
+            tmp_path,
+            loss=loss,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+        )
+        gradients.append(step_gradient(trainer))
+    assert gradients[0].norm() > 0
+    for gradient in gradients[1:]:
+        assert (gradient - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_token_budget_and_padded_rows_give_the_same_gradient(loss, tiny_policy, few_triples, tmp_path):
+    plain = step_gradient(
+        make_trainer(tiny_policy, few_triples, tmp_path, loss=loss, per_device_train_batch_size=8, packing="padded")
+    )
+    budget = make_trainer(
+        tiny_policy, few_triples, tmp_path, loss=loss, per_device_train_batch_size=8, tokens_per_batch=300, score_chunk=7
+    )
+    assert budget.args.gradient_accumulation_steps > 1
+    assert (step_gradient(budget) - plain).norm() <= 1e-5 * plain.norm()
+
+
+def test_kto_z_is_positive_in_these_tests(tiny_policy, few_triples, tmp_path):
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path, loss="kto", per_device_train_batch_size=8)
+    z = trainer._normalisers(list(trainer.get_train_dataloader())[:1])["z"]
+    assert z.item() != 0 or trainer._mismatched_log_ratio(list(trainer.get_train_dataloader())[:1]) < 0
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_margins_are_zero_before_the_first_step(loss, tiny_policy, few_triples, tmp_path):
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path, loss=loss, per_device_train_batch_size=8)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    batch = list(trainer.get_train_dataloader())[0]
+    _, sums = trainer._forward(trainer.model, batch, **trainer._normalisers([batch]))
+    assert sums[:, 1:3].abs().max() < 1e-4
+
+
+def test_every_row_once_an_epoch_on_any_number_of_ranks():
+    costs = [3, 9, 1, 7, 7, 2, 5]
+    for world, micro in ((1, 1), (2, 1), (2, 2), (3, 1)):
+        drawn, lengths = [], set()
+        for rank in range(world):
+            sampler = StepBatchSampler(costs, 4, micro, rank=rank, world=world, seed=3)
+            mine = list(sampler)
+            lengths.add(len(mine))
+            assert len(mine) == len(sampler)
+            drawn += [index for batch in mine for index, live in batch if live]
+        assert sorted(drawn) == list(range(7))
+        assert len(lengths) == 1  # no rank waits for another
+
+
+def test_steps_are_the_same_for_every_split_and_differ_between_epochs():
+    one, two = StepBatchSampler([1] * 10, 4, 1, seed=5), StepBatchSampler([1] * 10, 4, 2, rank=1, world=2, seed=5)
+    assert one.steps() == two.steps()
+    first = one.steps()
+    one.set_epoch(1)
+    assert one.steps() != first
+
+
+def test_balance_spreads_cost():
+    parts = balance([0, 1, 2, 3], [10, 1, 9, 2], 2, None)
+    assert sorted(sum([10, 1, 9, 2][i] for i in part) for part in parts) == [11, 11]
+
+
+def test_mismatched_partners_keep_direction_and_differ(tiny_policy, few_triples):
+    tokenizer = models.load_tokenizer(str(tiny_policy))
+    examples, _ = batches.encode_triples(few_triples, tokenizer, 512, "error")
+    batches.assign_mismatches(examples, seed=1)
+    outputs = {d: [ids for e in examples if e.direction == d for ids in (e.chosen, e.rejected)] for d in ("mol2cap", "cap2mol")}
+    for example in examples:
+        assert example.mismatched in outputs[example.direction]
+        assert example.mismatched not in (example.chosen, example.rejected)
+
+
+def test_one_bos_one_eos_and_no_eos_lost_when_pad_is_eos(tiny_policy, few_triples):
+    tokenizer = models.load_tokenizer(str(tiny_policy))
+    tokenizer.pad_token = tokenizer.eos_token
+    examples, _ = batches.encode_triples(few_triples, tokenizer, 512, "error")
+    for example in examples:
+        assert example.prompt.count(tokenizer.bos_token_id) == 1
+        assert example.prompt[0] == tokenizer.bos_token_id
+        for output in (example.chosen, example.rejected):
+            assert output[-1] == tokenizer.eos_token_id
+            assert output.count(tokenizer.eos_token_id) == 1
+            assert tokenizer.bos_token_id not in output
+
+
+def test_long_rows_are_an_error_or_counted(tiny_policy, few_triples):
+    tokenizer = models.load_tokenizer(str(tiny_policy))
+    long = few_triples + [{**few_triples[0], "id": "long", "chosen": "CC" * 400}]
+    with pytest.raises(ValueError, match="'long'.*--max_length 200.*drop"):
+        batches.encode_triples(long, tokenizer, 200, "error")
+    examples, dropped = batches.encode_triples(long, tokenizer, 200, "drop")
+    assert len(examples) == len(few_triples)
+    assert dropped == {"over 200 tokens (mol2cap)": 1}
+
+
+def test_a_mask_that_the_model_ignores_is_refused(tiny_policy, few_triples, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path)
+    see_all = lambda tree, window=None: torch.ones(1, 1, *[len(tree.subtree_end)] * 2, dtype=torch.bool).tril()
+    monkeypatch.setattr("lmolt.tree.Tree.attention_mask", see_all)
+    with pytest.raises(ValueError, match="--packing padded"):
+        trainer.train()
+
+
+def test_collapse_is_warned_of(caplog, tiny_policy, few_triples, tmp_path):
+    statistics = make_trainer(tiny_policy, few_triples, tmp_path).statistics
+    with caplog.at_level(logging.WARNING):
+        statistics._watch_for_collapse({"mol2cap/logps/chosen": -1.0, "mol2cap/rewards/margins": 0.0})
+        statistics._watch_for_collapse({"mol2cap/logps/chosen": -1.2, "mol2cap/rewards/margins": 2.0})
+        assert not caplog.records
+        statistics._watch_for_collapse({"mol2cap/logps/chosen": -4.0, "mol2cap/rewards/margins": 9.0})
+    assert "collapsing" in caplog.text
+
+
+def test_trains_evaluates_and_saves_an_adapter_that_peft_loads(tiny_policy, few_triples, tmp_path):
+    trainer = make_trainer(
+        tiny_policy,
+        few_triples,
+        tmp_path / "run",
+        per_device_train_batch_size=8,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        num_train_epochs=2,
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    history = trainer.state.log_history
+    first, second = (row["eval_loss"] for row in history if "eval_loss" in row)
+    assert second < first
+    assert {"eval_loss", "eval_mol2cap/rewards/margins", "eval_cap2mol/nll"} <= set().union(*history)
+    assert all(row["padding"] == 0 for row in history if "padding" in row)
+    trainer.save_model(str(tmp_path / "adapter"))
+    models.check_saved_adapter(tmp_path / "adapter", trainer.model)
+    assert not list((tmp_path / "adapter").glob("*.bin"))  # Trainer's pickle is gone
+    base = AutoModelForCausalLM.from_pretrained(tiny_policy)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ids = torch.arange(3, 40)[None]
+    assert torch.allclose(loaded(ids).logits, trainer.model.eval()(ids).logits, atol=1e-5)

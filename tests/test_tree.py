@@ -1,0 +1,60 @@
+"""The tree against the padded form: log-probabilities and gradients, several architectures, LoRA, checkpointing."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+
+from lmolt.tree import build_tree, padded_logps, tree_logps
+
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE),
+    "mistral": MistralConfig(**SHAPE, sliding_window=None),
+    "mistral, window 40": MistralConfig(**SHAPE, sliding_window=40),
+    "qwen2": Qwen2Config(**SHAPE),
+}
+
+
+def make_sequences(seed: int = 0, triples: int = 3, output: int = 100) -> list[tuple[list[int], list[int]]]:
+    """Prompts that share an instruction; outputs that share a start; one repeated pair."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = lambda n: torch.randint(3, 300, (n,), generator=draw).tolist()
+    instruction, sequences = ids(20), []
+    for i in range(triples):
+        prompt, start = instruction + ids(15 + 4 * i), ids(6)
+        sequences += [(prompt, start + ids(output - 7) + [2]), (prompt, start + ids(output - 20) + [2])]
+    return [*sequences, sequences[0]]
+
+
+def make_model(name: str, lora: bool = False):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa")
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
+    return model
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tree_equals_padded_rows(name, lora):
+    sequences, model = make_sequences(), make_model(name, lora)
+    weights = torch.linspace(-1, 1, len(sequences))
+    logps, gradients = {}, {}
+    for form in ("tree", "padded"):
+        model.zero_grad()
+        logps[form] = tree_logps(model, build_tree(sequences), 64) if form == "tree" else padded_logps(model, sequences)
+        (logps[form] * weights).sum().backward()
+        gradients[form] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert (logps["tree"] - logps["padded"]).abs().max() < 1e-4
+    assert gradients["tree"].keys() == gradients["padded"].keys()
+    for parameter, expected in gradients["padded"].items():
+        assert (gradients["tree"][parameter] - expected).norm() <= 1e-4 * expected.norm(), parameter
