@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")  # .txt, as ChEBI-20 has them, are .tsv
 NAMES = {"molecule": ("molecule", "SMILES"), "caption": ("caption", "description"), "id": ("id", "CID")}
 
 
@@ -35,7 +35,7 @@ def read_text(path: Path) -> str:
 
 
 def read_table(path: str | Path) -> list[dict]:
-    """Rows of a .csv, .tsv, .jsonl or .parquet file, in its order, values as they are stored.
+    """Rows of a .csv, .tsv (or .txt), .jsonl or .parquet file, in its order, values as they are stored.
 
     A .tsv is the field's: tab-separated without quoting, so a quote is data. A .csv may quote. Rows are counted from 1,
     without the header. `FileNotFoundError`, or `ValueError` with file, row, value and remedy.
@@ -78,7 +78,7 @@ def _read_jsonl(path: Path, text: str) -> list[dict]:
 
 
 def _read_separated(path: Path, text: str) -> list[dict]:
-    if path.suffix == ".tsv":
+    if path.suffix in (".tsv", ".txt"):
         records = [line.split("\t") for line in _lines(text)]
     else:
         csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
@@ -94,7 +94,7 @@ def _read_separated(path: Path, text: str) -> list[dict]:
     for number, record in enumerate(records, 1):
         if len(record) != len(header):
             raise ValueError(
-                f"{path} row {number}: {len(record)} cells but the header has {len(header)} ({', '.join(header)}); the row "
+                f"{path} row {number}: {len(record)} cells but the header has {len(header)} ({', '.join(header)}); it "
                 f"starts {' | '.join(record)[:80]!r}: look for a stray separator or a line break in a cell"
             )
     return [dict(zip(header, record, strict=True)) for record in records]
@@ -120,7 +120,7 @@ def write_table(rows: list[dict], path: str | Path) -> None:
         else:
             with partial.open("w", encoding="utf-8", newline="") as file:
                 _write_text(rows, columns, path, file)
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -196,7 +196,7 @@ def _as_pairs(rows: list[dict], where: str, counts: Counter) -> list[dict]:
     for key in ("molecule", "caption"):
         if found[key] is None:
             raise ValueError(
-                f"{where}: no column {' or '.join(map(repr, NAMES[key]))}; it has {', '.join(rows[0])}. Rename the one meant"
+                f"{where}: no column {' or '.join(map(repr, NAMES[key]))}; it has {', '.join(rows[0])}. Rename one"
             )
     pairs = []
     for number, row in enumerate(rows, 1):
@@ -244,8 +244,8 @@ def clean(
             if molecule is None or molecule.GetNumAtoms() == 0:
                 if invalid == "error":
                     raise ValueError(
-                        f"{where} row {number} (id {pair['id']!r}): {pair['molecule'][:200]!r} is not a SMILES that RDKit "
-                        "parses; correct it, or drop and count such rows with --invalid_pairs drop"
+                        f"{where} row {number} (id {pair['id']!r}): {pair['molecule'][:200]!r} does not parse as SMILES; "
+                        "correct it, or drop and count such rows with --invalid_pairs drop"
                     )
                 counts["unparsable SMILES"] += 1
                 continue
@@ -276,17 +276,20 @@ def scaffold_split(pairs: list[dict], fractions: list[float], seed: int = 0) -> 
     smaller parts hold the rarer scaffolds. All acyclic molecules share one (empty) scaffold.
     `ValueError` where fractions don't sum to 1 or a SMILES does not parse.
     """
-    from rdkit import Chem
+    from rdkit import Chem, rdBase
     from rdkit.Chem.Scaffolds import MurckoScaffold
 
     if abs(sum(fractions) - 1) > 1e-9 or min(fractions) <= 0:
         raise ValueError(f"fractions must be positive and sum to 1, got {list(fractions)}")
     groups: dict[str, list[int]] = {}
-    for i, pair in enumerate(pairs):
-        molecule = Chem.MolFromSmiles(pair["molecule"])
-        if molecule is None:
-            raise ValueError(f"pair {pair['id']!r}: {pair['molecule'][:200]!r} does not parse; clean the pairs first")
-        groups.setdefault(MurckoScaffold.MurckoScaffoldSmiles(mol=molecule), []).append(i)
+    with rdBase.BlockLogs():
+        for i, pair in enumerate(pairs):
+            molecule = Chem.MolFromSmiles(pair["molecule"])
+            if molecule is None:
+                raise ValueError(
+                    f"pair {pair['id']!r}: {pair['molecule'][:200]!r} does not parse; clean the pairs first"
+                )
+            groups.setdefault(MurckoScaffold.MurckoScaffoldSmiles(mol=molecule), []).append(i)
     scaffolds = sorted(groups)
     random.Random(seed).shuffle(scaffolds)
     scaffolds.sort(key=lambda scaffold: -len(groups[scaffold]))
