@@ -1,0 +1,168 @@
+"""Files of a system's outputs: the reference scripts' tables, LMolT's own, or one output a line.
+
+A prediction row is `{"id", "direction", "source", "reference", "prediction"}`, all of them strings.
+"""
+
+import codecs
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+from lmolt.pairs import read_table
+from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP
+
+# Headers of MolT5's and L+M-24's scorers; they read tab-separated text without any quoting.
+HEADERS = {
+    MOL2CAP: ("SMILES", "ground truth", "output"),
+    CAP2MOL: ("description", "ground truth", "output"),
+}
+_SOURCE = {MOL2CAP: "molecule", CAP2MOL: "caption"}
+_REFERENCE = {MOL2CAP: "caption", CAP2MOL: "molecule"}
+
+
+def rows_of_pairs(pairs: list[dict], direction: str) -> list[dict]:
+    """Prediction rows without a prediction: a pair read in one direction."""
+    source, reference = _SOURCE[direction], _REFERENCE[direction]
+    return [{"id": str(p["id"]), "direction": direction, "source": p[source], "reference": p[reference]} for p in pairs]
+
+
+def digest(rows: list[dict], columns: tuple[str, ...] = ("direction", "source", "reference", "prediction")) -> str:
+    """SHA-256 of the rows' `columns`, whatever file they are kept in."""
+    return hashlib.sha256(json.dumps([[row[key] for key in columns] for row in rows]).encode()).hexdigest()
+
+
+def read_predictions(
+    path: str | Path, direction: str, pairs: list[dict] | None = None, encoding: str = "utf-8"
+) -> tuple[list[dict], Counter]:
+    """Prediction rows of one direction, and what was odd about the file, counted by cause.
+
+    `path` is a reference script's table (told by its header), `.parquet`/`.jsonl` with LMolT's columns, or, beside
+    `pairs`, a file with one output a line. A missing output is an empty prediction, since the system failed;
+    a missing reference is a `ValueError`, since the data did. `ValueError` also on a wrong header, a row count
+    that differs from `pairs`, and bytes that are not `encoding`; `FileNotFoundError` where there is no file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of predictions")
+    if path.suffix in (".parquet", ".jsonl"):
+        rows, counts = _from_table(path, direction)
+    else:
+        # Lines end where Python's text mode ends them, as for the reference scripts: not at U+2028 or a form feed.
+        lines = _decode(path, encoding).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        if lines[-1] == "":
+            lines.pop()
+        if not lines:
+            raise ValueError(f"{path}: the file is empty")
+        header = lines[0].split("\t")
+        if "ground truth" in header or pairs is None:
+            rows, counts = _from_reference_tsv(path, header, lines[1:], direction)
+        else:
+            rows, counts = _beside_pairs(path, lines, pairs, direction)
+    if not rows:
+        raise ValueError(f"{path}: no {direction} row in it")
+    for number, row in enumerate(rows, 1):
+        if not row["reference"].strip():
+            raise ValueError(
+                f"{path} row {number} (id {row['id']!r}): the reference is empty; every row needs one. A line break "
+                "inside an output also looks like this: replace it by a space."
+            )
+    counts["empty_prediction"] = sum(not row["prediction"].strip() for row in rows)
+    return rows, +counts
+
+
+def _decode(path: Path, encoding: str) -> str:
+    data = path.read_bytes()
+    for bom, name in (
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if data.startswith(bom):
+            encoding = name
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} line {line}: byte 0x{data[error.start]:02x} is not {encoding}; name the file's encoding "
+            "(--encoding latin-1, say) or convert it (iconv -f LATIN1 -t UTF-8)"
+        ) from None
+    except LookupError:
+        raise ValueError(f"unknown encoding {encoding!r}; use a name Python knows, such as utf-8 or latin-1") from None
+
+
+def _from_reference_tsv(path: Path, header: list[str], lines: list[str], direction: str):
+    source, _, _ = expected = HEADERS[direction]
+    if missing := [name for name in expected if name not in header]:
+        found = " / ".join(header)[:200]
+        other = next((d for d in DIRECTIONS if set(HEADERS[d]) <= set(header)), None)
+        remedy = (
+            f"its columns are those of --direction {other}"
+            if other
+            else f"begin with the tab-separated line {' / '.join(expected)}, or give --pairs for one output a line"
+        )
+        raise ValueError(f"{path} line 1: no column {missing[0]!r} in the header {found!r}; {remedy}")
+    at = {name: header.index(name) for name in expected}
+    rows, counts = [], Counter()
+    for line_number, line in enumerate(lines, 2):
+        if not line:  # csv.DictReader, which the reference scripts use, passes over these too
+            counts["blank_line"] += 1
+            continue
+        fields = line.split("\t")
+        counts["surplus_field"] += len(fields) > len(header)
+        counts["missing_output"] += len(fields) <= at["output"]
+        fields += [""] * (len(header) - len(fields))
+        if not fields[at["ground truth"]].strip():
+            raise ValueError(
+                f"{path} line {line_number}: {line[:80]!r} has no ground truth ({line.count(chr(9)) + 1} of "
+                f"{len(header)} fields); a line break inside an output looks like this: make it a space"
+            )
+        prediction = fields[at["output"]]
+        if direction == MOL2CAP and prediction.startswith("[CLS] "):  # MolT5's caption scorers cut it off
+            counts["cls_prefix_removed"] += 1
+            prediction = prediction[len("[CLS] ") :]
+        rows.append(
+            {
+                "id": str(len(rows)),
+                "direction": direction,
+                "source": fields[at[source]],
+                "reference": fields[at["ground truth"]],
+                "prediction": prediction,
+            }
+        )
+    return rows, counts
+
+
+def _beside_pairs(path: Path, lines: list[str], pairs: list[dict], direction: str):
+    if len(lines) != len(pairs):
+        raise ValueError(
+            f"{path} has {len(lines)} lines but there are {len(pairs)} pairs; give one output a line, in their order, "
+            "an empty line for an empty output (check --split and --limit, and line breaks inside outputs)"
+        )
+    rows = [row | {"prediction": line} for row, line in zip(rows_of_pairs(pairs, direction), lines, strict=True)]
+    return rows, Counter()
+
+
+def _from_table(path: Path, direction: str):
+    rows, counts = [], Counter()
+    for number, record in enumerate(read_table(path), 1):
+        if missing := [k for k in ("direction", "source", "reference", "prediction") if k not in record]:
+            raise ValueError(
+                f"{path} row {number}: no column {missing[0]!r}, found {', '.join(record)}; "
+                "predictions need id, direction, source, reference, prediction"
+            )
+        if record["direction"] not in DIRECTIONS:
+            raise ValueError(
+                f"{path} row {number}: direction {record['direction']!r} is not one of {', '.join(DIRECTIONS)}"
+            )
+        if record["direction"] != direction:
+            continue
+        if not isinstance(record["prediction"], str):  # null, or the NaN that pandas writes for an empty cell
+            counts["missing_output"] += 1
+            record["prediction"] = ""
+        row = {"id": str(record.get("id", len(rows))), "direction": direction}
+        for key in ("source", "reference", "prediction"):
+            row[key] = record[key] if isinstance(record[key], str) else ""
+        rows.append(row)
+    return rows, counts

@@ -1,0 +1,120 @@
+"""Files of outputs: the reference scripts' tables, our own, one output a line; and what is wrong with bad ones."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from lmolt.pairs import write_table
+from lmolt.predictions import digest, read_predictions, rows_of_pairs
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "lpm24"
+HEADER = "description\tground truth\toutput\n"
+PAIRS = [{"id": "a", "molecule": "CCO", "caption": "ethanol"}, {"id": "b", "molecule": "C", "caption": "methane"}]
+
+
+def write(path, data):
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/data/lpm24 beside the checkout")
+@pytest.mark.parametrize(("direction", "n"), [("mol2cap", 199), ("cap2mol", 200)])
+def test_reference_tables_are_read_as_the_reference_scripts_read_them(direction, n):
+    path = SHARED / f"{direction}_example.tsv"
+    rows, counts = read_predictions(path, direction)
+    with path.open(encoding="utf8") as file:  # as the reference scripts do
+        expected = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    assert len(rows) == n == len(expected)
+    assert [(r["reference"], r["prediction"]) for r in rows] == [(e["ground truth"], e["output"]) for e in expected]
+    assert not counts
+
+
+def test_odd_lines_are_counted_and_kept(tmp_path):
+    text = HEADER + 'one\tC\tC"\n' + "two\tCC\n" + "\n" + "three\tCCC\tC\tx\ty\n" + "four\u2028\x0c\tN\t\n"
+    rows, counts = read_predictions(write(tmp_path / "o.tsv", text), "cap2mol")
+    assert [row["prediction"] for row in rows] == ['C"', "", "C", ""]
+    assert [row["id"] for row in rows] == ["0", "1", "2", "3"]
+    assert rows[3]["source"] == "four\u2028\x0c"  # no line end for the reference scripts either
+    assert counts == {"missing_output": 1, "blank_line": 1, "surplus_field": 1, "empty_prediction": 2}
+
+
+def test_columns_are_found_by_name_and_windows_line_ends_are_line_ends(tmp_path):
+    path = write(tmp_path / "o.txt", "output\tSMILES\tground truth\r\n[CLS] an acid\tCC(=O)O\tacetic acid\r\n")
+    rows, counts = read_predictions(path, "mol2cap")
+    assert rows == [
+        {"id": "0", "direction": "mol2cap", "source": "CC(=O)O", "reference": "acetic acid", "prediction": "an acid"}
+    ]
+    assert counts == {"cls_prefix_removed": 1}
+
+
+def test_a_line_of_ten_megabytes(tmp_path):
+    long = "C" * 10_000_000
+    rows, _ = read_predictions(write(tmp_path / "o.tsv", HEADER + f"x\tC\t{long}\n"), "cap2mol")
+    assert rows[0]["prediction"] == long
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_other_encodings(tmp_path, encoding):
+    path = write(tmp_path / "o.tsv", (HEADER + "β-é\tC\tC\n").replace("β", "b").encode(encoding))
+    chosen = {"encoding": "latin-1"} if encoding == "latin-1" else {}
+    assert read_predictions(path, "cap2mol", **chosen)[0][0]["source"] == "b-é"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "direction", "message"),
+    [
+        (
+            "o.tsv",
+            "SMILES\tground truth\toutput\nC\tx\ty\n",
+            "cap2mol",
+            r"line 1: no column 'description'.*--direction mol2cap",
+        ),
+        ("o.tsv", "a\tb\n1\t2\n", "cap2mol", r"line 1: no column 'description' in the header 'a / b'; begin with"),
+        ("o.tsv", HEADER + "x\tC\tC\nbroken half\n", "cap2mol", r"line 3: 'broken half' has no ground truth \(1 of 3"),
+        ("o.tsv", HEADER + "x\t\tC\n", "cap2mol", r"line 2.*no ground truth"),
+        ("o.tsv", HEADER.encode() + b"x\xff\tC\tC\n", "cap2mol", r"line 2: byte 0xff is not utf-8.*--encoding"),
+        ("o.tsv", HEADER, "cap2mol", "no cap2mol row"),
+        ("o.tsv", "", "cap2mol", "the file is empty"),
+        ("o.jsonl", '{"source": "a", "reference": "b"}\n', "mol2cap", r"row 1: no column 'direction'"),
+        (
+            "o.jsonl",
+            '{"direction": "up", "source": "a", "reference": "b", "prediction": "c"}\n',
+            "mol2cap",
+            "'up' is not",
+        ),
+    ],
+)
+def test_bad_files_name_file_line_value_and_remedy(tmp_path, name, data, direction, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read_predictions(write(tmp_path / name, data), direction)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_one_output_a_line_beside_pairs(tmp_path):
+    rows, counts = read_predictions(write(tmp_path / "o.txt", "CCO\n\n"), "cap2mol", PAIRS)
+    assert [(r["id"], r["source"], r["reference"], r["prediction"]) for r in rows] == [
+        ("a", "ethanol", "CCO", "CCO"),
+        ("b", "methane", "C", ""),
+    ]
+    assert counts == {"empty_prediction": 1}
+    with pytest.raises(ValueError, match="3 lines but there are 2 pairs"):
+        read_predictions(write(tmp_path / "o.txt", "CCO\n\nC\n"), "cap2mol", PAIRS)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_our_own_tables_come_back(tmp_path, suffix):
+    rows = [
+        row | {"prediction": p} for row, p in zip(rows_of_pairs(PAIRS, "mol2cap"), ["an alcohol", None], strict=True)
+    ]
+    other = [row | {"prediction": "C"} for row in rows_of_pairs(PAIRS, "cap2mol")]
+    write_table(rows + other, tmp_path / f"p{suffix}")
+    read, counts = read_predictions(tmp_path / f"p{suffix}", "mol2cap")
+    assert read == [rows[0], rows[1] | {"prediction": ""}]
+    assert counts == {"missing_output": 1, "empty_prediction": 1}
+    assert digest(read) != digest(rows_of_pairs(PAIRS, "mol2cap"), ("source", "reference"))
+
+
+def test_a_missing_file():
+    with pytest.raises(FileNotFoundError, match="nowhere.tsv: no such file"):
+        read_predictions("nowhere.tsv", "cap2mol")
