@@ -1,0 +1,259 @@
+"""Tables of results, and how they are printed: Markdown, CSV, LaTeX.
+
+A record is the content of one `metrics.json`; `records` maps the systems' names to theirs, in the order of the rows.
+"""
+
+import csv
+import io
+import re
+from collections import namedtuple
+from dataclasses import dataclass
+
+from lmolt.prompts import CAP2MOL, MOL2CAP
+
+# key: label, what is better (1 larger, -1 smaller, 0 nearer to zero), decimals. The paper's columns, in its order.
+MEASURES = {
+    MOL2CAP: {
+        "bleu2": ("BLEU-2", 1, 3),
+        "bleu4": ("BLEU-4", 1, 3),
+        "rouge1": ("ROUGE-1", 1, 3),
+        "rouge2": ("ROUGE-2", 1, 3),
+        "rougeL": ("ROUGE-L", 1, 3),
+        "meteor": ("METEOR", 1, 3),
+        "delta_len": ("Δ length", 0, 1),
+        "nli_entailment": ("Entailment", 1, 3),
+        "nli_win_rate": ("NLI wins", 1, 3),
+    },
+    CAP2MOL: {
+        "bleu": ("BLEU", 1, 3),
+        "exact_match": ("Exact", 1, 3),
+        "levenshtein": ("Levenshtein", -1, 2),
+        "validity": ("Validity", 1, 3),
+        "maccs": ("MACCS", 1, 3),
+        "rdk": ("RDK", 1, 3),
+        "morgan": ("Morgan", 1, 3),
+        "fcd": ("FCD", -1, 2),
+        "chrf": ("Chr-F", 1, 3),
+        "delta_len": ("Δ length", 0, 1),
+        "win_rate": ("Wins", 1, 3),
+        "uniqueness": ("Uniqueness", 1, 3),
+    },
+}
+ARROWS = {1: " ↑", -1: " ↓", 0: " → 0"}
+DIRECTION_NAMES = {MOL2CAP: "Molecule → language", CAP2MOL: "Language → molecule"}
+EFFICIENCY = {  # key of efficiency.json: column, divisor
+    "wall_seconds": ("Wall (h)", 3600),
+    "tokens": ("Tokens (M)", 1e6),
+    "flops": ("PFLOP", 1e15),
+    "peak_memory_bytes": ("Peak memory (GiB)", 2**30),
+    "gpu_energy_joules": ("GPU energy (kWh)", 3.6e6),
+    "scored_tokens_per_second": ("Scored tokens/s", 1),
+    "n_parameters": ("Parameters (M)", 1e6),
+    "n_trainable": ("Trainable (M)", 1e6),
+}
+
+# What a cell says, what stands small beside it, what sorting goes by, whether it is a column's best.
+Cell = namedtuple("Cell", "text small value bold", defaults=("", None, False))
+
+
+@dataclass
+class Table:
+    name: str  # of its .csv and .tex
+    title: str
+    columns: list[str]  # the first names the row
+    rows: list[list[Cell]]
+    note: str = ""
+
+
+def shown(value: float, decimals: int) -> str:
+    """A number for a table: a true minus sign, and no negative zero."""
+    text = f"{value:.{decimals}f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def metrics_table(name: str, record: dict, direction: str) -> Table:
+    """One system's every metric: value, interval, n, convention; absent ones with their reason."""
+    part, rows = record["directions"][direction], []
+    for key, entry in part["metrics"].items():
+        label, _, decimals = MEASURES[direction].get(key, (key, 1, 3))
+        label = label if label == key else f"{label} ({key})"
+        if "absent" in entry:
+            rows.append([Cell(label), Cell("absent"), Cell(""), Cell(""), Cell(entry["absent"])])
+            continue
+        interval, convention = entry.get("ci95"), entry["convention"]
+        span = f"{shown(interval[0], decimals)} to {shown(interval[1], decimals)}" if interval else "–"
+        if not interval:
+            convention += f" No interval: {entry.get('ci95_absent', 'not computed')}."
+        value, n = Cell(shown(entry["value"], decimals), value=entry["value"]), Cell(str(entry["n"]), value=entry["n"])
+        rows.append([Cell(label), value, Cell(span), n, Cell(convention)])
+    counted = [f"{count} {cause.replace('_', ' ')}" for cause, count in part["counts"].items() if count]
+    note = f"{part['n']} examples; counted: {', '.join(counted) or 'nothing out of the ordinary'}."
+    columns = ["Metric", "Value", "95 % interval", "n", "Convention"]
+    return Table(f"metrics_{direction}", f"{DIRECTION_NAMES[direction]}: {name}", columns, rows, note)
+
+
+def without_conventions(table: Table) -> Table:
+    """A `metrics_table` for the screen: its widest column left out, the reasons of what is absent in the note."""
+    at = table.columns.index("Convention")
+    absent = [f"{row[0].text}: {row[at].text}" for row in table.rows if row[1].text == "absent"]
+    rows = [[cell for i, cell in enumerate(row) if i != at] for row in table.rows if row[1].text != "absent"]
+    note = table.note + "".join(f"\nAbsent: {reason}" for reason in absent)
+    return Table(table.name, table.title, [name for name in table.columns if name != "Convention"], rows, note)
+
+
+def results_table(
+    number: int, records: dict[str, dict], direction: str, baseline: str | None = None, tests: dict | None = None
+) -> Table:
+    """The paper's tables: a system a row, the best value of a column in bold; with `baseline`, differences from it.
+
+    `tests`: `{(system, key): {"p_holm", ...}}` against the baseline; a dagger marks p < 0.05.
+    """
+    parts = {name: r["directions"][direction] for name, r in records.items() if direction in r["directions"]}
+    entry = lambda name, key: parts[name]["metrics"].get(key, {"absent": "not computed"})
+    kept = {k: m for k, m in MEASURES[direction].items() if any("value" in entry(name, k) for name in parts)}
+    best = {key: _best({name: entry(name, key) for name in parts}, *kept[key][1:]) for key in kept}
+    rows = []
+    for name in parts:
+        row = [Cell(name)]
+        for key, (_, _, decimals) in kept.items():
+            found, small = entry(name, key), ""
+            if "absent" in found:
+                row.append(Cell("–"))
+                continue
+            if baseline is None and found.get("ci95"):
+                small = f"[{shown(found['ci95'][0], decimals)}, {shown(found['ci95'][1], decimals)}]"
+            elif baseline not in (None, name) and "value" in entry(baseline, key):
+                difference = shown(found["value"] - entry(baseline, key)["value"], decimals)
+                plus = "" if difference.startswith("−") or float(difference) == 0 else "+"
+                significant = (tests or {}).get((name, key), {"p_holm": 1})["p_holm"] < 0.05
+                small = f"({plus}{difference}{'†' * significant})"
+            row.append(Cell(shown(found["value"], decimals), small, found["value"], name in best[key]))
+        rows.append(row)
+    note = f"n = {', '.join(str(n) for n in sorted({p['n'] for p in parts.values()}))}. Best of each column in bold."
+    if baseline is None:
+        note += " In brackets: 95 % bootstrap interval over examples."
+    else:
+        note += f" In parentheses: difference from {baseline}"
+        note += "; † p < 0.05, paired bootstrap, Holm-corrected." if tests else "."
+    if any("not comparable" in entry(name, key).get("convention", "") for name in parts for key in kept):
+        note += " Some numbers are not comparable with published ones: see the conventions."
+    if missing := [key for key in MEASURES[direction] if key not in kept]:
+        reasons = {key: entry(next(iter(parts)), key)["absent"] for key in missing}
+        note += " Absent: " + "; ".join(f"{MEASURES[direction][k][0]} ({why})" for k, why in reasons.items()) + "."
+    columns = ["System", *(label + ARROWS[better] for label, better, _ in kept.values())]
+    title = f"Table {number}. {DIRECTION_NAMES[direction]}"
+    if baseline is None:
+        return Table(f"table{number}_{direction}", title, columns, rows, note)
+    return Table(f"table{number}_{direction}_differences", f"{title}, against {baseline}", columns, rows, note)
+
+
+def _best(entries: dict[str, dict], better: int, decimals: int) -> set[str]:
+    """The systems whose value, as printed, is the best; none where there is nothing to compare."""
+    goodness = lambda value: better * value if better else -abs(value)
+    good = {name: goodness(round(e["value"], decimals)) for name, e in entries.items() if "value" in e}
+    return {name for name in good if len(good) > 1 and good[name] == max(good.values())}
+
+
+def further_table(number: int, records: dict[str, dict], direction: str) -> Table | None:
+    """Metrics beyond the paper's, one a row, a system a column; None where there are none."""
+    parts = {name: r["directions"][direction]["metrics"] for name, r in records.items() if direction in r["directions"]}
+    keys = [k for k in dict.fromkeys(k for part in parts.values() for k in part) if k not in MEASURES[direction]]
+    entries = {key: [part.get(key, {}) for part in parts.values()] for key in keys}
+    cell = lambda e: Cell(shown(e["value"], 3), value=e["value"]) if "value" in e else Cell("–")
+    rows = [[Cell(key), *map(cell, found)] for key, found in entries.items() if any("value" in e for e in found)]
+    title = f"Table {number}. {DIRECTION_NAMES[direction]}, beyond the paper"
+    note = "Definitions and conventions: each system's own table, and docs/metrics.md."
+    return Table(f"table{number}_{direction}_further", title, ["Metric", *parts], rows, note) if rows else None
+
+
+def tests_table(number: int, direction: str, baseline: str, tests: dict) -> Table:
+    """Every paired test of one direction: `tests` is `{(system, key): {"difference", "ci95", "p", "p_holm", "n"}}`."""
+    rows = []
+    for (system, key), test in tests.items():
+        label, _, decimals = MEASURES[direction].get(key, (key, 1, 3))
+        low, high = (shown(v, decimals + 1) for v in test["ci95"])
+        difference = Cell(shown(test["difference"], decimals + 1), value=test["difference"])
+        p_values = [Cell(f"{test[p]:.3g}", value=test[p]) for p in ("p", "p_holm")]
+        n = Cell(str(test["n"]), value=test["n"])
+        rows.append([Cell(system), Cell(label), difference, Cell(f"{low} to {high}"), *p_values, n])
+    columns = ["System", "Metric", "Difference", "95 % interval", "p", "p (Holm)", "n"]
+    note = f"Paired bootstrap over examples, two-sided; Holm's correction over the {len(tests)} tests of this table."
+    title = f"Table {number}. {DIRECTION_NAMES[direction]}: paired tests against {baseline}"
+    return Table(f"table{number}_{direction}_tests", title, columns, rows, note)
+
+
+def efficiency_table(number: int, records: dict[str, dict]) -> Table | None:
+    """The paper's appendix G, from the `efficiency.json` of what was trained; None where no system has one."""
+    rows = []
+    for name, record in records.items():
+        if measured := record.get("efficiency"):
+            values = [(measured.get(key), unit) for key, (_, unit) in EFFICIENCY.items()]
+            cells = [Cell("–") if v is None else Cell(f"{v / unit:,.4g}", value=v / unit) for v, unit in values]
+            rows.append([Cell(name), *cells])
+    if not rows:
+        return None
+    columns = ["System", *(label for label, _ in EFFICIENCY.values())]
+    note = "As the training run measured itself (efficiency.json); – where it could not."
+    return Table(f"table{number}_efficiency", f"Table {number}. Efficiency of training", columns, rows, note)
+
+
+def to_markdown(table: Table) -> str:
+    escape = lambda text: re.sub(r"<(?=[\w/!?])", "&lt;", re.sub(r"\s+", " ", text)).replace("|", "\\|")
+    cell = lambda c: " ".join(filter(None, [f"**{escape(c.text)}**" if c.bold else escape(c.text), escape(c.small)]))
+    lines = [[escape(name) for name in table.columns], *([cell(c) for c in row] for row in table.rows)]
+    widths = [min(max(map(len, column)), 40) for column in zip(*lines, strict=True)]
+    left = [i == 0 or name == "Convention" for i, name in enumerate(table.columns)]
+    lines.insert(
+        1,
+        [
+            ("-" * (w - 1)).rjust(w, ":") if text else ("-" * (w - 1)).ljust(w, ":")
+            for w, text in zip(widths, left, strict=True)
+        ],
+    )
+    pad = lambda line: [t.ljust(w) if text else t.rjust(w) for t, w, text in zip(line, widths, left, strict=True)]
+    body = "\n".join("| " + " | ".join(pad(line)) + " |" for line in lines)
+    return f"**{escape(table.title)}**\n\n{body}\n" + (
+        "".join(f"\n{escape(line)}\n" for line in table.note.splitlines())
+    )
+
+
+def to_csv(table: Table) -> str:
+    """Numbers in full precision; what stands small beside a number has a column of its own."""
+    has_small = [any(row[i].small for row in table.rows) for i in range(len(table.columns))]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    spread = lambda pairs: [
+        x for (text, small), wanted in zip(pairs, has_small, strict=True) for x in [text, small][: 1 + wanted]
+    ]
+    writer.writerow(spread((name, f"{name} in brackets") for name in table.columns))
+    for row in table.rows:
+        writer.writerow(spread((c.text if c.value is None else c.value, c.small) for c in row))
+    return buffer.getvalue()
+
+
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "–": "--"}
+_LATEX |= {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "→": r"$\rightarrow$", "Δ": r"$\Delta$", "†": r"$^\dagger$"}
+_LATEX |= {c: "\\" + c for c in "&%$#_{}"} | {"|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}"}
+
+
+def to_latex(table: Table) -> str:
+    """A booktabs table; needs no other package."""
+    escape = lambda text: "".join(_LATEX.get(c, c) for c in text)
+    bold = lambda c: rf"\textbf{{{escape(c.text)}}}" if c.bold else escape(c.text)
+    cell = lambda c: bold(c) + (rf" {{\scriptsize {escape(c.small)}}}" if c.small else "")
+    caption = escape(f"{re.sub('^Table [0-9]+[.] ', '', table.title)}. {table.note}".strip())
+    lines = [
+        r"\begin{table*}[t]",
+        r"\centering\small",
+        rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
+        r"\toprule",
+        " & ".join(map(escape, table.columns)) + r" \\",
+        r"\midrule",
+        *(" & ".join(map(cell, row)) + r" \\" for row in table.rows),
+        r"\bottomrule",
+        r"\end{tabular}",
+        rf"\caption{{{caption}}}",
+        rf"\label{{tab:{table.name}}}",
+        r"\end{table*}",
+    ]
+    return "\n".join(lines) + "\n"
