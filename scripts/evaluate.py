@@ -1,0 +1,233 @@
+"""Score translations between molecules and language: a model's, or outputs that exist; or compare scored systems.
+
+    accelerate launch scripts/evaluate.py --model MODEL --adapter runs/cpo --pairs test.csv --output runs/eval/cpo
+    python scripts/evaluate.py --predictions m.tsv c.tsv --direction mol2cap cap2mol --output runs/eval/molt5
+    python scripts/evaluate.py --predictions lines.txt --direction cap2mol --pairs test.csv --output runs/eval/other
+    python scripts/evaluate.py --compare runs/eval/cpo T5=runs/eval/molt5 --baseline T5 --output runs/eval/all
+
+Pairs: demo, a .csv/.tsv/.jsonl/.parquet file with molecule and caption, or a Hub data set. Predictions: the reference
+scripts' tables (tab-separated: SMILES or description, ground truth, output), .parquet/.jsonl with source, reference and
+prediction, or one output a line beside --pairs. Writes predictions.parquet, scores.parquet, metrics.json, report.md,
+report.html and figures to --output; a run that was killed goes on where it was.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
+
+import argparse
+import json
+import os
+import random
+from collections import Counter, defaultdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+from lmolt import __version__
+from lmolt.prompts import CAP2MOL, DIRECTIONS
+
+PACKAGES = ("torch", "transformers", "peft", "rdkit", "fcd", "nltk", "rouge-score", "rapidfuzz", "numpy")
+CACHE = Path(os.environ.get("LMOLT_CACHE", Path.home() / ".cache" / "lmolt"))
+FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # as accelerate launch numbers them; it alone scores and writes
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="causal or sequence-to-sequence model: a folder or a Hub id")
+    what.add_argument("--predictions", nargs="+", type=Path, metavar="FILE", help="score outputs, a file a direction")
+    what.add_argument("--compare", nargs="+", metavar="[NAME=]DIR", help="compare folders written by this script")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--name", help="the system's name in reports (default: the name of --output)")
+    parser.add_argument("--pairs", help="demo, a file, or a Hub data set")
+    parser.add_argument("--split", help="split of --pairs (default: test where the pairs have splits)")
+    parser.add_argument("--limit", type=int, help="this many pairs, chosen by --seed")
+    parser.add_argument("--seed", type=int, default=0)
+    model = parser.add_argument_group("translating with --model")
+    model.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
+    model.add_argument("--adapter", help="PEFT adapter on --model")
+    model.add_argument("--load_in_4bit", action="store_true", help="NF4, as QLoRA trains on")
+    model.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on a CPU float32"
+    )
+    model.add_argument("--trust_remote_code", action="store_true")
+    model.add_argument("--max_new_tokens", type=int, default=250, help="the paper's limit")
+    model.add_argument("--num_beams", type=int, default=1)
+    model.add_argument("--tokens_per_batch", type=int, default=16384, help="rows x (prompt + new tokens)")
+    model.add_argument(
+        "--too_long", choices=("error", "empty"), default="error", help="prompts over the model's positions"
+    )
+    model.add_argument("--invalid_pairs", choices=("error", "drop"), default="error", help="whose SMILES is none")
+    existing = parser.add_argument_group("scoring --predictions")
+    existing.add_argument("--direction", nargs="+", choices=DIRECTIONS, help="of each file, in their order")
+    existing.add_argument("--encoding", default="utf-8", help="of the file")
+    metric = parser.add_argument_group("metrics")
+    metric.add_argument(
+        "--text_tokenizer", help="word pieces of captions; comparable: allenai/scibert_scivocab_uncased"
+    )
+    metric.add_argument("--nli_model", help="sequence classification model with an entailment label")
+    metric.add_argument("--nltk_data", help="folder with corpora/wordnet, for METEOR")
+    metric.add_argument("--property_tree", help="folder with L+M-24's nested_props.json and its companions")
+    metric.add_argument("--chrf_threshold", type=float, default=0.3, help="a molecule wins above this (paper, 3.4)")
+    metric.add_argument("--delta_threshold", type=int, default=5, help="and below this |length difference|")
+    metric.add_argument("--n_bootstrap", type=int, help="resamples (default: 1,000 for intervals, 10,000 to compare)")
+    metric.add_argument("--cache_dir", type=Path, default=CACHE, help="keeps references' features")
+    parser.add_argument("--baseline", help="--compare: the system that differences are from (default: the first)")
+    args = parser.parse_args(argv)
+    if args.predictions and len(args.predictions) != len(args.direction or []):
+        parser.error("--predictions needs a --direction for each file: mol2cap or cap2mol")
+    if args.model and not args.pairs:
+        parser.error("--model needs --pairs: demo, a file, or a Hub data set")
+    return args
+
+
+def chosen_pairs(args: argparse.Namespace, counts: Counter) -> list[dict]:
+    """The pairs to evaluate on: the split's, all of them or --limit of them by seed, in their order."""
+    from lmolt.pairs import clean, read_pairs
+
+    pairs = read_pairs(args.pairs, args.split, counts)
+    if args.split is None and any(pair.get("split") == "test" for pair in pairs):
+        pairs = [pair for pair in pairs if pair["split"] == "test"]
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: give a number of pairs, at least 1")
+    if args.limit is not None and args.limit < len(pairs):
+        pairs = [pairs[i] for i in sorted(random.Random(args.seed).sample(range(len(pairs)), args.limit))]
+    if args.model:  # a molecule that doesn't parse is found before hours of translating, not after
+        pairs, dropped = clean(pairs, invalid=args.invalid_pairs, where=args.pairs)
+        counts += dropped
+    return pairs
+
+
+def translated(args: argparse.Namespace, pairs: list[dict]) -> list[dict]:
+    """Prediction rows of --model, the same on every process."""
+    from lmolt.predictions import rows_of_pairs
+    from lmolt.translate import load_translator, prompts_for, translate
+
+    model, tokenizer = load_translator(
+        args.model,
+        args.adapter,
+        dtype=args.dtype,
+        load_in_4bit=args.load_in_4bit,
+        trust_remote_code=args.trust_remote_code,
+    )
+    rows = []
+    for direction in args.directions:
+        asked = rows_of_pairs(pairs, direction)
+        outputs = translate(
+            model,
+            tokenizer,
+            prompts_for(model, direction, [row["source"] for row in asked]),
+            max_new_tokens=args.max_new_tokens,
+            tokens_per_batch=args.tokens_per_batch,
+            num_beams=args.num_beams,
+            too_long=args.too_long,
+            journal=args.output / "journal",
+            progress=direction,
+        )
+        rows += [row | {"prediction": output} for row, output in zip(asked, outputs, strict=True)]
+    return rows
+
+
+def compare(args: argparse.Namespace) -> None:
+    from lmolt.report import read_run, write_report
+    from lmolt.tables import to_markdown
+
+    if not FIRST_PROCESS:
+        return
+    if len(args.compare) < 2:
+        raise ValueError("--compare needs at least two folders; one system's report is in its folder")
+    runs = [read_run(spec) for spec in args.compare]
+    for table in write_report(runs, args.output, args.baseline, args.n_bootstrap or 10_000, args.seed):
+        print(to_markdown(table))
+    print(f"report: {args.output / 'report.html'} (report.md, tables and figures beside it)")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from lmolt.metrics import score
+    from lmolt.pairs import write_table
+    from lmolt.predictions import digest, read_predictions
+    from lmolt.report import read_run, write_report, write_whole
+    from lmolt.tables import to_markdown
+
+    # ---- outputs: made now, or made before
+    counts = defaultdict(Counter)  # what was odd about the data, by direction
+    pairs = chosen_pairs(args, counts[CAP2MOL]) if args.pairs else None  # what reading counts concerns molecules
+    rows = translated(args, pairs) if args.model else []
+    if args.predictions:
+        for file, direction in zip(args.predictions, args.direction, strict=True):
+            read, found = read_predictions(file, direction, pairs, args.encoding)
+            rows += read
+            counts[direction] += found
+    if not FIRST_PROCESS:
+        return
+
+    # ---- scores
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_table(rows, args.output / "predictions.parquet")
+    scores, parts = [], {}
+    for direction in dict.fromkeys(row["direction"] for row in rows):
+        mine = [row for row in rows if row["direction"] == direction]
+        print(f"scoring {len(mine)} {direction} outputs", flush=True)
+        try:
+            part, per_example = score(
+                direction,
+                *([row[key] for row in mine] for key in ("source", "reference", "prediction")),
+                text_tokenizer=args.text_tokenizer,
+                nli_model=args.nli_model,
+                nltk_data=args.nltk_data,
+                chrf_threshold=args.chrf_threshold,
+                delta_threshold=args.delta_threshold,
+                property_tree=args.property_tree,
+                cache_dir=args.cache_dir,
+                n_bootstrap=args.n_bootstrap or 1000,
+                seed=args.seed,
+            )
+        except ValueError as error:  # such as a reference that is no molecule: say which file it is in
+            raise ValueError(f"{args.pairs or ', '.join(map(str, args.predictions))}: {error}") from error
+        parts[direction] = {"n": len(mine), "counts": counts[direction] | part["counts"], "metrics": part["metrics"]}
+        columns = {key: values.tolist() for key, values in per_example.items()}
+        for i, row in enumerate(mine):
+            scores.append({"id": row["id"], "direction": direction} | {key: v[i] for key, v in columns.items()})
+    write_table(scores, args.output / "scores.parquet")
+
+    # ---- record and report
+    record = {
+        "system": args.name or args.output.resolve().name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"lmolt": __version__, "python": sys.version.split()[0]} | {p: version(p) for p in PACKAGES},
+        "arguments": {key: value for key, value in vars(args).items() if value is not None},
+        "data": {"pairs_sha256": digest(rows, ("source", "reference")), "predictions_sha256": digest(rows)},
+        "directions": parts,
+    }
+    for folder in (args.adapter, args.model):
+        if folder and (Path(folder) / "efficiency.json").is_file():
+            record["efficiency"] = json.loads((Path(folder) / "efficiency.json").read_text())
+            break
+    write_whole(args.output / "metrics.json", json.dumps(record, indent=1, ensure_ascii=False, default=str))
+    for table in write_report([read_run(str(args.output))], args.output):
+        print(to_markdown(table))
+    print(f"report: {args.output / 'report.html'} (and report.md beside it)")
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.compare:
+        compare(args)
+    else:
+        evaluate(args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            "interrupted; finished translations are kept in --output, and the same command goes on from them",
+            file=sys.stderr,
+        )
+        sys.exit(130)
