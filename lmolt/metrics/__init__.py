@@ -42,7 +42,9 @@ def score(
     raise NotImplementedError
 
 
-def compare(direction: str, scores_a: dict, scores_b: dict, *, n_bootstrap: int = 1000, seed: int = 0) -> dict[str, dict]:
+def compare(
+    direction: str, scores_a: dict, scores_b: dict, *, n_bootstrap: int = 1000, seed: int = 0
+) -> dict[str, dict]:
     """Paired bootstrap between two systems scored on the same rows.
 
     `scores_a`, `scores_b`: what `score` returned as `per_example` (or the same columns of two `scores.parquet`, rows

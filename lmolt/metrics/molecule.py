@@ -1,0 +1,213 @@
+"""Molecules against molecules: validity, exact matches, Levenshtein, fingerprint similarities, scaffolds.
+
+RDKit's share, nearly all of the time, runs in a pool of processes over the distinct SMILES and is kept between runs
+for the references (`cache_dir`). Nothing is computed twice for a SMILES, nor at all for a pair of equal strings.
+"""
+
+import hashlib
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import rdkit
+from rdkit import Chem, DataStructs
+from rdkit.Chem import MACCSkeys, rdFingerprintGenerator, rdMolDescriptors
+from rdkit.Chem.Scaffolds import MurckoScaffold
+from rdkit.rdBase import BlockLogs
+
+from lmolt.metrics import ngrams
+
+_MORGAN = rdFingerprintGenerator.GetMorganGenerator(radius=2)
+_FEW = 200  # below so many SMILES a pool costs more than it saves
+
+
+def parse(smiles: str) -> Chem.Mol | None:
+    """A sanitised molecule, or None for what RDKit cannot read and for the empty string (RDKit calls that valid)."""
+    molecule = Chem.MolFromSmiles(smiles) if smiles else None
+    return molecule if molecule is not None and molecule.GetNumAtoms() else None
+
+
+def check_references(references: list[str], formulas: dict[str, str]) -> None:
+    """`ValueError` naming row and value of the first reference that did not parse."""
+    for row, smiles in enumerate(references, 1):
+        if not formulas[smiles]:
+            raise ValueError(
+                f"row {row}: the reference {smiles[:100]!r} is not a molecule RDKit can read; references are your data, "
+                "so correct or remove that row"
+            )
+
+
+def _formula(smiles: str) -> str:
+    molecule = parse(smiles)
+    return rdMolDescriptors.CalcMolFormula(molecule) if molecule else ""
+
+
+def _fingerprints(smiles: str) -> tuple[bytes, bytes, bytes]:
+    """MACCS and RDK bits packed, and Morgan's (key, count) rows as int64, each as bytes."""
+    molecule = parse(smiles)
+    maccs = DataStructs.BitVectToBinaryText(MACCSkeys.GenMACCSKeys(molecule))
+    rdk = DataStructs.BitVectToBinaryText(Chem.RDKFingerprint(molecule))
+    morgan = np.array(sorted(_MORGAN.GetSparseCountFingerprint(molecule).GetNonzeroElements().items()), np.int64)
+    return maccs, rdk, morgan.tobytes()
+
+
+def _matches(pair: tuple[str, str]) -> tuple[bool, bool, bool]:
+    """Whether two SMILES of one formula agree in InChI, in canonical SMILES, and in that without stereochemistry."""
+    a, b = map(parse, pair)
+    inchi = Chem.MolToInchi(a)
+    flat = [Chem.MolToSmiles(m, isomericSmiles=False) for m in (a, b)]
+    # A dummy atom has no InChI: the empty strings of two such molecules say nothing about them.
+    return inchi != "" and inchi == Chem.MolToInchi(b), Chem.MolToSmiles(a) == Chem.MolToSmiles(b), flat[0] == flat[1]
+
+
+def scaffold(smiles: str) -> str:
+    """Bemis-Murcko scaffold as SMILES without stereochemistry; empty for a molecule without a ring."""
+    molecule = parse(smiles)
+    if molecule is None or molecule.GetRingInfo().NumRings() == 0:
+        return ""
+    return Chem.MolToSmiles(MurckoScaffold.GetScaffoldForMol(molecule), isomericSmiles=False)
+
+
+def canonical(smiles: str) -> str:
+    """RDKit's canonical SMILES, empty where it cannot be read."""
+    molecule = parse(smiles)
+    return Chem.MolToSmiles(molecule) if molecule else ""
+
+
+def _quietly(function, items: list) -> list:
+    with BlockLogs():
+        return [function(item) for item in items]
+
+
+def in_processes(function, items: list, num_workers: int | None = None) -> list:
+    """`[function(item) for item in items]` over processes, RDKit's log silenced; long SMILES first, for balance."""
+    workers = num_workers or len(os.sched_getaffinity(0))
+    if workers == 1 or len(items) < _FEW:
+        return _quietly(function, items)
+    order = sorted(range(len(items)), key=lambda i: -len(items[i]))
+    chunks = [order[start :: 8 * workers] for start in range(8 * workers)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        futures = [pool.submit(_quietly, function, [items[i] for i in chunk]) for chunk in chunks]
+        results = [None] * len(items)
+        for chunk, future in zip(chunks, futures, strict=True):
+            for i, result in zip(chunk, future.result(), strict=True):
+                results[i] = result
+    return results
+
+
+def formulas(smiles: list[str], num_workers: int | None = None) -> dict[str, str]:
+    """Molecular formula of each distinct SMILES, empty for an invalid one."""
+    distinct = list(dict.fromkeys(smiles))
+    return dict(zip(distinct, in_processes(_formula, distinct, num_workers), strict=True))
+
+
+def exact_matches(references, predictions, formula: dict[str, str], num_workers=None) -> dict[str, np.ndarray]:
+    """Three kinds of exact match, `(n,)` of 0 and 1: by InChI (`exact_match`, as MolT5), `canonical_match` and
+    `canonical_match_no_stereo`. Only pairs of one formula are compared further, since no others can agree."""
+    keys = ("exact_match", "canonical_match", "canonical_match_no_stereo")
+    result = np.zeros((len(references), 3))
+    open_pairs = {}
+    for i, pair in enumerate(zip(references, predictions, strict=True)):
+        if pair[0] == pair[1] and "*" not in pair[0]:
+            result[i] = 1
+        elif formula[pair[0]] == formula[pair[1]]:
+            open_pairs.setdefault(pair, []).append(i)
+    for pair, found in zip(open_pairs, in_processes(_matches, list(open_pairs), num_workers), strict=True):
+        result[open_pairs[pair]] = found
+    return {key: result[:, k] for k, key in enumerate(keys)}
+
+
+def scaffold_match(references, predictions, valid: np.ndarray, num_workers=None) -> np.ndarray:
+    """1 where the scaffolds agree, 0 where not or the prediction is invalid, NaN where the reference has no ring."""
+    distinct = list(dict.fromkeys([*references, *predictions]))
+    of = dict(zip(distinct, in_processes(scaffold, distinct, num_workers), strict=True))
+    pairs = zip(references, predictions, valid, strict=True)
+    return np.array([float(ok and of[r] == of[p]) if of[r] else np.nan for r, p, ok in pairs])
+
+
+def similarities(
+    references: list[str], predictions: list[str], valid: np.ndarray, cache_dir=None, num_workers: int | None = None
+) -> dict[str, np.ndarray]:
+    """Tanimoto similarity of n pairs, `(n,)` each, NaN where the prediction is invalid.
+
+    `maccs`: 166 MACCS keys; `rdk`: RDKit's path fingerprint (paths 1 to 7, 2048 bits); `morgan`: sparse counts, radius
+    2. As MolT5's fingerprint_metrics.py, but equal SMILES score 1 also where their fingerprint is empty (methane's),
+    which RDKit's Tanimoto calls 0.
+    """
+    pairs = {p: None for p, ok in zip(zip(references, predictions, strict=True), valid, strict=True) if ok}
+    unequal = [p for p in pairs if p[0] != p[1]]
+    of = _cached_fingerprints([r for r, _ in unequal], [p for _, p in unequal], cache_dir, num_workers)
+    sides = [[of[pair[side]] for pair in unequal] for side in range(2)]
+    scores = np.ones((len(unequal), 3))
+    for k in range(2):
+        bits = [np.frombuffer(b"".join(f[k] for f in side), np.uint8).reshape(len(unequal), -1) for side in sides]
+        shared = np.bitwise_count(bits[0] & bits[1]).sum(1).astype(float)
+        scores[:, k] = _tanimoto(shared, *(np.bitwise_count(b).sum(1) for b in bits))
+    counted, sums = [], []
+    for side in sides:
+        morgan = np.frombuffer(b"".join(f[2] for f in side), np.int64).reshape(-1, 2)
+        rows = np.repeat(np.arange(len(side)), [len(f[2]) // 16 for f in side])
+        counted += [rows, morgan[:, 0], morgan[:, 1]]
+        sums.append(np.bincount(rows, weights=morgan[:, 1], minlength=len(side)))
+    if unequal:
+        scores[:, 2] = _tanimoto(ngrams.shared_counts(*counted, len(unequal)), *sums)
+    pairs |= dict(zip(unequal, scores, strict=True))
+    nothing = np.full(3, np.nan)
+    rows = zip(references, predictions, valid, strict=True)
+    table = np.array([nothing if not ok else np.ones(3) if r == p else pairs[r, p] for r, p, ok in rows])
+    return {key: table[:, k] for k, key in enumerate(("maccs", "rdk", "morgan"))}
+
+
+def _tanimoto(shared, a, b) -> np.ndarray:
+    return np.divide(shared, a + b - shared, out=np.zeros(len(shared)), where=a + b > 0)
+
+
+def _cached_fingerprints(references, predictions, cache_dir, num_workers) -> dict[str, tuple]:
+    """Fingerprints of each distinct SMILES; those of references are kept in `cache_dir`, by content."""
+    path, known = None, {}
+    if cache_dir is not None:
+        content = "\n".join([rdkit.__version__, *references])
+        path = Path(cache_dir) / f"fingerprints-{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
+    distinct = list(dict.fromkeys(references))
+    if path is not None and path.is_file():
+        with np.load(path) as stored:  # allow_pickle is off
+            parts = [np.split(stored[f"data{k}"], np.cumsum(stored[f"length{k}"])[:-1]) for k in range(3)]
+        known = {s: tuple(p.tobytes() for p in row) for s, row in zip(distinct, zip(*parts, strict=True), strict=True)}
+    todo = [s for s in dict.fromkeys([*distinct, *predictions]) if s not in known]
+    found = known | dict(zip(todo, in_processes(_fingerprints, todo, num_workers), strict=True))
+    if path is not None and not known and distinct:
+        arrays = {f"data{k}": np.frombuffer(b"".join(found[s][k] for s in distinct), np.uint8) for k in range(3)}
+        arrays |= {f"length{k}": np.array([len(found[s][k]) for s in distinct]) for k in range(3)}
+        save_whole(path, arrays)
+    return found
+
+
+def save_whole(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """An .npz that appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)
+    os.replace(partial, path)
+
+
+def levenshtein(references: list[str], predictions: list[str]) -> np.ndarray:
+    """Edit distance in characters, `(n,)` float."""
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.process import cpdist
+
+    return cpdist(references, predictions, scorer=Levenshtein.distance, dtype=np.int64).astype(float)
+
+
+def uniqueness(predictions: list[str], valid: np.ndarray) -> np.ndarray:
+    """1 / (how often the same valid string was output), `(n,)`, NaN where invalid.
+
+    Its mean is L+M-24's uniqueness, distinct valid strings / valid strings, written as a mean over examples so that it
+    has an interval: resampling the rows themselves would repeat some and make any system look less unique.
+    """
+    counts = {}
+    for smiles in np.array(predictions, object)[valid]:
+        counts[smiles] = counts.get(smiles, 0) + 1
+    return np.array([1 / counts[p] if ok else np.nan for p, ok in zip(predictions, valid, strict=True)])

@@ -1,0 +1,88 @@
+"""N-gram overlap of a whole corpus at once, and the scores made of it: BLEU, ROUGE-n, Chr-F, count Tanimoto.
+
+A text is a sequence of integers. A corpus of n texts is `(tokens, lengths)`: all tokens end to end, int64, and the
+number of each text's, `(n,)`.
+"""
+
+import numpy as np
+
+_LARGEST_KEY = 2**62
+
+
+def flatten(sequences: list) -> tuple[np.ndarray, np.ndarray]:
+    """`(tokens, lengths)` of n sequences of non-negative integers."""
+    lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
+    tokens = np.fromiter((t for s in sequences for t in s), np.int64, lengths.sum())
+    return tokens, lengths
+
+
+def characters(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """`(tokens, lengths)` of n strings read as code points."""
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    return np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64), lengths
+
+
+def shared_counts(rows_a, keys_a, counts_a, rows_b, keys_b, counts_b, n: int) -> np.ndarray:
+    """Per row the sum over keys of min(count in a, count in b), `(n,)`; a (row, key) may not repeat within a side."""
+    rows, keys = np.concatenate([rows_a, rows_b]), np.concatenate([keys_a, keys_b])
+    counts = np.concatenate([counts_a, counts_b])
+    if len(keys) == 0:
+        return np.zeros(n)
+    if keys.max() >= _LARGEST_KEY // n:
+        keys = np.unique(keys, return_inverse=True)[1]
+    order = np.argsort(keys * n + rows, kind="stable")
+    rows, keys, counts = rows[order], keys[order], counts[order]
+    twins = np.flatnonzero((keys[1:] == keys[:-1]) & (rows[1:] == rows[:-1]))
+    return np.bincount(rows[twins], weights=np.minimum(counts[twins], counts[twins + 1]), minlength=n)
+
+
+def overlap(references: tuple, predictions: tuple, max_order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Clipped n-gram matches of orders 1 to `max_order`.
+
+    Both arguments are `(tokens, lengths)` with n texts. Returns `(matches, reference_totals, prediction_totals)`,
+    each `(n, max_order)` float64; a text shorter than the order has a total of 0.
+    """
+    n = len(references[1])
+    rows = [np.repeat(np.arange(n), lengths) for _, lengths in (references, predictions)]
+    vocabulary, tokens = np.unique(np.concatenate([references[0], predictions[0]]), return_inverse=True)
+    tokens = list(np.split(tokens.astype(np.int64), [len(references[0])]))
+    keys, matches, totals = list(tokens), [], []
+    for order in range(1, max_order + 1):
+        if order > 1:
+            size = max((k.max() for k in keys if len(k)), default=0) + 1
+            if size * len(vocabulary) * n >= _LARGEST_KEY:  # rank the keys anew, so that they stay exact in 64 bits
+                ranked = np.unique(np.concatenate(keys), return_inverse=True)[1]
+                keys = np.split(ranked.astype(np.int64), [len(keys[0])])
+            for side in range(2):
+                inside = rows[side][: -(order - 1)] == rows[side][order - 1 :]
+                keys[side] = keys[side][:-1] if len(keys[side]) else keys[side]
+                keys[side] = keys[side] * len(vocabulary) + tokens[side][order - 1 :]
+                keys[side] = np.where(inside, keys[side], 0)
+        counted = []
+        for side in range(2):
+            starts = rows[side][: len(keys[side])]
+            whole = starts == rows[side][order - 1 :]
+            unique, counts = np.unique(keys[side][whole] * n + starts[whole], return_counts=True)
+            counted += [unique % n, unique // n, counts]
+        matches.append(shared_counts(*counted, n))
+        totals.append([np.maximum(lengths - order + 1, 0) for _, lengths in (references, predictions)])
+    reference_totals, prediction_totals = np.array(totals, float).transpose(1, 2, 0)
+    return np.array(matches).T, reference_totals, prediction_totals
+
+
+def bleu(matches: np.ndarray, totals: np.ndarray, prediction_length, reference_length) -> np.ndarray:
+    """Corpus BLEU without smoothing, as NLTK's `corpus_bleu` (Papineni et al. 2002, section 2.3).
+
+    `matches`, `totals`: sums over the corpus, `(..., N)`, each text's total at least 1; the lengths `(...,)` in
+    tokens. An order with no match counts as the smallest positive float, unless order 1 has none: then BLEU is 0.
+    """
+    precision = np.where(matches > 0, matches, np.finfo(float).tiny * totals) / totals
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        shortness = np.where(prediction_length > 0, 1 - reference_length / prediction_length, -np.inf)
+    score = np.exp(np.minimum(shortness, 0) + np.log(precision).mean(-1))
+    return np.where((matches[..., 0] > 0) & (prediction_length > 0), score, 0.0)
+
+
+def f1(matches: np.ndarray, totals_a: np.ndarray, totals_b: np.ndarray) -> np.ndarray:
+    """2 m / (a + b): the harmonic mean of m / a and m / b, elementwise; 0 where nothing matches."""
+    return np.divide(2 * matches, totals_a + totals_b, out=np.zeros_like(matches), where=matches > 0)
