@@ -14,9 +14,10 @@ matplotlib.use("Agg")  # files only: no display is needed, or opened where there
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.font_manager import FontProperties
-from rdkit import Chem, RDLogger
+from rdkit import Chem
 from rdkit.Chem import rdDepictor, rdFMCS
 from rdkit.Chem.Draw import rdMolDraw2D
+from rdkit.rdBase import BlockLogs
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
@@ -165,7 +166,7 @@ def _show(axis, smiles: str, reference: str | None, note: str) -> None:
 @lru_cache(maxsize=4096)
 def draw(smiles: str, reference: str | None = None, size: tuple[int, int] = _CELL) -> bytes | None:
     """PNG of a molecule, atoms outside the largest part shared with `reference` marked; None where `smiles` is none."""
-    with _silent():
+    with BlockLogs():  # what is no molecule is an expected answer
         molecule = Chem.MolFromSmiles(smiles) if 0 < len(smiles) <= 2000 else None
         target = Chem.MolFromSmiles(reference) if reference else None
     if molecule is None or not molecule.GetNumAtoms():
@@ -190,16 +191,6 @@ def draw(smiles: str, reference: str | None = None, size: tuple[int, int] = _CEL
     rdMolDraw2D.PrepareAndDrawMolecule(canvas, molecule, highlightAtoms=marked)
     canvas.FinishDrawing()
     return canvas.GetDrawingText()
-
-
-class _silent:
-    """RDKit prints a line for each text that is not a molecule; here that is an expected answer."""
-
-    def __enter__(self):
-        RDLogger.DisableLog("rdApp.*")
-
-    def __exit__(self, *_):
-        RDLogger.EnableLog("rdApp.*")
 
 
 def unsupported(reference: str, prediction: str) -> list[tuple[str, bool]]:

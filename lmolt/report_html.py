@@ -69,7 +69,7 @@ def _table(table: Table, folded: bool = False) -> str:
     for row in table.rows:
         body += "<tr>"
         for cell, is_text in zip(row, text, strict=True):
-            value = "" if cell.value is None else f' data-value="{cell.value!r}"'
+            value = "" if cell.value is None else f' data-value="{float(cell.value)}"'
             inner = html.escape(cell.text)
             inner = f"<strong>{inner}</strong>" if cell.bold else inner
             inner += f"<small>{html.escape(cell.small)}</small>" if cell.small else ""

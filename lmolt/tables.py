@@ -171,11 +171,11 @@ def tests_table(number: int, direction: str, baseline: str, tests: dict) -> Tabl
     rows = []
     for (system, key), test in tests.items():
         label, _, decimals = MEASURES[direction].get(key, (key, 1, 3))
-        low, high = (shown(v, decimals + 1) for v in test["ci95"])
-        difference = Cell(shown(test["difference"], decimals + 1), value=test["difference"])
-        p_values = [Cell(f"{test[p]:.3g}", value=test[p]) for p in ("p", "p_holm")]
+        ends = [shown(v, decimals + 1) for v in test["ci95"] or ()]
+        difference = Cell(shown(test["difference"], decimals + 1), value=float(test["difference"]))
+        p_values = [Cell(f"{test[p]:.3g}".replace("nan", "–"), value=float(test[p])) for p in ("p", "p_holm")]
         n = Cell(str(test["n"]), value=test["n"])
-        rows.append([Cell(system), Cell(label), difference, Cell(f"{low} to {high}"), *p_values, n])
+        rows.append([Cell(system), Cell(label), difference, Cell(" to ".join(ends) or "–"), *p_values, n])
     columns = ["System", "Metric", "Difference", "95 % interval", "p", "p (Holm)", "n"]
     note = f"Paired bootstrap over examples, two-sided; Holm's correction over the {len(tests)} tests of this table."
     title = f"Table {number}. {DIRECTION_NAMES[direction]}: paired tests against {baseline}"
