@@ -244,8 +244,8 @@ def clean(
             if molecule is None or molecule.GetNumAtoms() == 0:
                 if invalid == "error":
                     raise ValueError(
-                        f"{where} row {number} (id {pair['id']!r}): {pair['molecule'][:200]!r} does not parse as SMILES; "
-                        "correct it, or drop and count such rows with --invalid_pairs drop"
+                        f"{where} row {number} (id {pair['id']!r}): {pair['molecule'][:200]!r} does not parse; "
+                        "correct or remove that row"
                     )
                 counts["unparsable SMILES"] += 1
                 continue
