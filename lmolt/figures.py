@@ -6,6 +6,7 @@ differ in line style too, so that the figures survive a black-and-white printer.
 
 import io
 import re
+import warnings
 from functools import cache, lru_cache
 
 import matplotlib
@@ -18,6 +19,8 @@ from rdkit import Chem
 from rdkit.Chem import rdDepictor, rdFMCS
 from rdkit.Chem.Draw import rdMolDraw2D
 from rdkit.rdBase import BlockLogs
+
+warnings.filterwarnings("ignore", "Glyph .* missing from font")  # an output may hold any character; a box stands for it
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))

@@ -22,7 +22,7 @@ import json
 import os
 import random
 from collections import Counter, defaultdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 
 from lmolt import __version__
@@ -102,9 +102,14 @@ def chosen_pairs(args: argparse.Namespace, counts: Counter) -> list[dict]:
 
 def translated(args: argparse.Namespace, pairs: list[dict]) -> list[dict]:
     """Prediction rows of --model, the same on every process."""
+    import torch
+    from accelerate import PartialState
+
     from lmolt.predictions import rows_of_pairs
     from lmolt.translate import load_translator, prompts_for, translate
 
+    # Without a GPU processes only find each other if told so; a share of the rows may take one of them hours.
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     model, tokenizer = load_translator(
         args.model,
         args.adapter,
@@ -118,7 +123,7 @@ def translated(args: argparse.Namespace, pairs: list[dict]) -> list[dict]:
         outputs = translate(
             model,
             tokenizer,
-            prompts_for(model, direction, [row["source"] for row in asked]),
+            prompts_for(model.config, direction, [row["source"] for row in asked]),
             max_new_tokens=args.max_new_tokens,
             tokens_per_batch=args.tokens_per_batch,
             num_beams=args.num_beams,
