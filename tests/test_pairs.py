@@ -1,0 +1,153 @@
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from lmolt.pairs import clean, read_pairs, read_table, sample, scaffold_split, write_table
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+ROWS = [
+    {"id": "a", "molecule": "CCO", "caption": 'It is "an alcohol".'},
+    {"id": "b", "molecule": "C", "caption": "Gas."},
+]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_a_table_comes_back_as_written(tmp_path, suffix):
+    write_table(ROWS, tmp_path / f"t{suffix}")
+    assert read_table(tmp_path / f"t{suffix}") == ROWS
+    assert read_pairs(tmp_path / f"t{suffix}") == ROWS
+    assert [file.name for file in tmp_path.iterdir()] == [f"t{suffix}"]  # nothing partial is left
+
+
+def test_columns_of_any_row_are_written_and_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "t.tsv"
+    write_table([{"a": "1"}, {"a": "2", "b": "3"}], path)
+    assert path.read_text() == "a\tb\n1\t\n2\t3\n"
+    with pytest.raises(ValueError, match="row 2: 'x.ty' has a tab"):
+        write_table([{"a": "1"}, {"a": "x\ty"}], path)
+    assert path.read_text() == "a\tb\n1\t\n2\t3\n" and [f.name for f in tmp_path.iterdir()] == ["t.tsv"]
+    with pytest.raises(ValueError, match="no rows"):
+        write_table([], path)
+
+
+def test_a_quote_is_data_in_tsv_and_quoting_in_csv(tmp_path):
+    (tmp_path / "t.tsv").write_text('SMILES\tdescription\nCCO\t"Half a quote\u2028and on\n')
+    assert read_pairs(tmp_path / "t.tsv")[0]["caption"] == '"Half a quote\u2028and on'
+    (tmp_path / "t.csv").write_text('SMILES,description\nCCO,"One, ""two""\nlines"\n')
+    assert read_pairs(tmp_path / "t.csv") == [{"id": "1", "molecule": "CCO", "caption": 'One, "two"\nlines'}]
+
+
+def test_chebi20_columns_byte_order_mark_and_doubled_backslashes(tmp_path):
+    (tmp_path / "chebi.txt").write_text(
+        "\ufeffCID\tSMILES\tdescription\r\n7\tC/C=C\\\\C\tAn alkene.\r\n8\tC/C=C\\C\tAs well.\r\n"
+    )
+    counts = Counter()
+    pairs = read_pairs(tmp_path / "chebi.txt", counts=counts)
+    assert [(p["id"], p["molecule"]) for p in pairs] == [("7", "C/C=C\\C"), ("8", "C/C=C\\C")]
+    assert counts == {"doubled backslashes made single": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", "smile,caption\nC,gas\n", "no column 'molecule' or 'SMILES'; it has smile, caption"),
+        ("t.csv", "molecule,caption\nC,gas\nCC, \n", "row 2: 'caption' is ' '"),
+        ("t.tsv", "molecule\tcaption\nC\tgas\nCC\n", "row 2: 1 cells but the header has 2"),
+        ("t.csv", 'molecule,caption\nC,"gas\n', "broken quoting"),
+        ("t.csv", "a,a\n1,2\n", "column 'a' appears twice"),
+        ("t.jsonl", '{"molecule": "C", "caption": "gas"}\n{"molecule"\n', "row 2: .* is not JSON"),
+        ("t.jsonl", '{"molecule": "C", "caption": null}\n', "row 1: 'caption' is empty"),
+        ("t.jsonl", '{"molecule": "C", "caption": NaN}\n', "row 1: 'caption' is nan"),
+        ("t.jsonl", "[1]\n", "row 1: .* is not a JSON object"),
+        ("t.csv", b"molecule,caption\nC,gas\nCC,caf\xe9\n", "line 3: byte 0xe9 is not UTF-8"),
+        ("t.csv", "", "the file is empty"),
+        ("t.csv", "molecule,caption\n", "no rows"),
+        ("t.xlsx", "", "unknown suffix '.xlsx'"),
+        ("t.parquet", "no", "not a readable parquet file"),
+    ],
+)
+def test_a_bad_file_is_named_with_row_value_and_remedy(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        read_pairs(path)
+    assert name in str(error.value)
+
+
+def test_what_is_no_file():
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_pairs("nowhere/pairs.csv")
+    with pytest.raises(FileNotFoundError, match="no Hub id"):
+        read_pairs("./nowhere")
+    with pytest.raises(ValueError, match="'someone/something' is no file, and as a data set it could not be loaded"):
+        read_pairs("someone/something")  # the tests are offline
+
+
+def test_splits_of_a_table_and_of_a_data_set(tmp_path):
+    rows = [row | {"split": split} for row, split in zip(ROWS, ("train", "test"), strict=True)]
+    write_table(rows, tmp_path / "t.jsonl")
+    assert read_pairs(tmp_path / "t.jsonl", "test") == rows[1:]
+    with pytest.raises(ValueError, match="no pair of split 'dev'; there are test, train"):
+        read_pairs(tmp_path / "t.jsonl", "dev")
+    for split, row in zip(("train", "test"), ROWS, strict=True):  # a folder, as the Hub's are
+        write_table([row], tmp_path / "set" / f"{split}.parquet")
+    assert read_pairs(tmp_path / "set", "test") == ROWS[1:]
+    with pytest.raises(ValueError, match="has the splits train, test; choose one with --split"):
+        read_pairs(tmp_path / "set")
+
+
+def test_clean_counts_what_it_changes():
+    pairs = [{"id": str(i), "molecule": m, "caption": "x"} for i, m in enumerate(["OCC", "CCO", "C1CC", "", "CC"])]
+    with pytest.raises(ValueError, match=r"pairs.csv row 3 \(id '2'\): 'C1CC' does not parse"):
+        clean(pairs, where="pairs.csv")
+    cleaned, counts = clean(pairs, canonicalise=True, deduplicate=True, invalid="drop")
+    assert [pair["molecule"] for pair in cleaned] == ["CCO", "CC"]
+    assert counts == {"unparsable SMILES": 2, "duplicate molecule": 1, "SMILES made canonical": 1}
+    assert pairs[0]["molecule"] == "OCC"
+
+
+def test_sample_is_a_matter_of_the_seed():
+    pairs = [{"id": str(i)} for i in range(100)]
+    assert sample(pairs, 0.1, 1) == sample(pairs, 0.1, 1) != sample(pairs, 0.1, 2)
+    assert len(sample(pairs, 0.1, 1)) == 10 and sample(pairs, 1, 0) == pairs
+    with pytest.raises(ValueError, match="at most 1, got 10"):
+        sample(pairs, 10, 0)
+
+
+def test_no_scaffold_is_in_two_parts():
+    from rdkit import Chem
+    from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
+
+    rings = ["c1ccccc1", "C1CCCCC1", "c1ccncc1", "C1CCNC1", "c1ccsc1", "c1ccc2ccccc2c1", "C1CC1", "c1cc[nH]c1"]
+    pairs = [{"id": f"{i}", "molecule": side + ring} for i, ring in enumerate(rings) for side in ("C", "CC", "O", "N")]
+    parts = scaffold_split(pairs, [0.75, 0.125, 0.125], seed=3)
+    assert [len(part) for part in parts] == [24, 4, 4]
+    scaffolds = [{MurckoScaffoldSmiles(mol=Chem.MolFromSmiles(p["molecule"])) for p in part} for part in parts]
+    assert sum(map(len, scaffolds)) == len(set().union(*scaffolds)) == 8
+    assert parts == scaffold_split(pairs, [0.75, 0.125, 0.125], seed=3) != scaffold_split(pairs, [0.75, 0.125, 0.125])
+    with pytest.raises(ValueError, match="sum to 1"):
+        scaffold_split(pairs, [0.5, 0.4])
+
+
+def test_reading_triples_imports_neither_rdkit_nor_torch(tmp_path):
+    row = {"id": "1", "direction": "cap2mol", "source": "An alcohol.", "chosen": "CCO", "rejected": "CC("}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    code = "import sys; from lmolt.triples import read_triples; print(read_triples(sys.argv[1])[0]['chosen'])"
+    code += "; assert not {'rdkit', 'torch'} & set(sys.modules)"
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "t.jsonl"], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "CCO\n", done.stderr
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ChEBI-20's validation.txt in ../shared/data")
+def test_chebi20_as_published():
+    counts = Counter()
+    pairs = read_pairs(SHARED / "chebi20" / "validation.txt", counts=counts)
+    assert len(pairs) == 3301 and pairs[0]["id"] == "92470518"
+    assert counts == {"doubled backslashes made single": 502}
+    cleaned, counts = clean(pairs)
+    assert len(cleaned) == 3301 and not counts
