@@ -12,6 +12,7 @@ Rows that have ended leave the batch. A journal keeps each finished row on disk,
 
 import copy
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -30,6 +31,16 @@ from lmolt.models import check_model_folder, load_base, load_tokenizer
 from lmolt.prompts import build_prompt, encode_prompt
 
 
+def load_config(name: str, trust_remote_code: bool = False) -> tuple:
+    """A model's configuration and tokenizer, without its weights: enough to find what is wrong with a request."""
+    check_model_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return config, load_tokenizer(name, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(f"model {name!r} can't be loaded: {error}") from error
+
+
 def load_translator(
     name: str,
     adapter: str | None = None,
@@ -45,12 +56,7 @@ def load_translator(
     """
     device = PartialState().device
     dtype = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    check_model_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise ValueError(f"model {name!r} can't be loaded: {error}") from error
+    config, tokenizer = load_config(name, trust_remote_code)
     if not config.is_encoder_decoder:
         model = load_base(name, load_in_4bit=load_in_4bit, dtype=dtype, trust_remote_code=trust_remote_code)
     elif load_in_4bit:
@@ -64,12 +70,35 @@ def load_translator(
     return (model if load_in_4bit else model.to(device)).eval(), tokenizer
 
 
-def prompts_for(model, direction: str, sources: Iterable[str], style: str = "auto") -> list[str]:
-    """What `model` is asked: the paper's prompt ("paper"), the source itself ("bare"), or, by "auto", the first for
-    causal models and the second for sequence-to-sequence ones, which MolT5 and its kin were trained on."""
-    if style == "bare" or (style == "auto" and model.config.is_encoder_decoder):
+def prompts_for(config, direction: str, sources: Iterable[str], style: str = "auto") -> list[str]:
+    """What a model of this `config` is asked: the paper's prompt ("paper"), the source itself ("bare"), or ("auto") the
+    first for causal models and the second for sequence-to-sequence ones, which MolT5 and its kin were trained on."""
+    if style == "bare" or (style == "auto" and config.is_encoder_decoder):
         return list(sources)
     return [build_prompt(direction, source) for source in sources]
+
+
+def over_limit(config, tokenizer, prompts: list[str], max_new_tokens: int) -> dict[int, int]:
+    """Tokens of each prompt (by index) that, with `max_new_tokens` where the model is causal, has more of them than the
+    model has positions. T5's are relative: it has no limit."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return {}
+    new = 0 if config.is_encoder_decoder else max_new_tokens
+    if max_new_tokens > limit:
+        raise ValueError(f"max_new_tokens {max_new_tokens} is over the model's {limit} positions; lower it")
+    lengths = [len(_encode(config, tokenizer, prompt)) for prompt in prompts]
+    return {i: length for i, length in enumerate(lengths) if length + new > limit}
+
+
+def refuse_over_limit(config, prompts: list[str], over: dict[int, int], max_new_tokens: int) -> None:
+    """`ValueError` on the first of the prompts that `over_limit` found, with what to do."""
+    for row, length in over.items():
+        raise ValueError(
+            f"prompt {row + 1} of {len(prompts)} (... {prompts[row][-80:]!r}) takes {length} tokens; with "
+            f"{max_new_tokens} new ones that is over the model's {config.max_position_embeddings} positions, as are "
+            f"{len(over) - 1} others; lower --max_new_tokens or leave such rows out"
+        )
 
 
 def translate(
@@ -98,7 +127,7 @@ def translate(
     if num_beams > 1 and temperature > 0:
         raise ValueError(f"num_beams {num_beams} and temperature {temperature} exclude each other")
     state, say = PartialState(), tqdm.write if PartialState().is_main_process else lambda _: None
-    settings = (_identity(model), max_new_tokens, num_beams, temperature, seed)
+    settings = (_identity(model), _end_ids(model, tokenizer), max_new_tokens, num_beams, temperature, seed)
 
     # --- the rows to translate: key -> token ids
     keys, rows, seen = [], {}, Counter()
@@ -108,8 +137,11 @@ def translate(
         key = hashlib.sha256(repr((settings, prompt, nth)).encode()).hexdigest()[:32]
         keys.append(key)
         if key not in rows:
-            rows[key] = _encode(model, tokenizer, prompt)
-    outputs = _over_limit(model, keys, rows, prompts, max_new_tokens, too_long)
+            rows[key] = _encode(model.config, tokenizer, prompt)
+    over = over_limit(model.config, tokenizer, prompts, max_new_tokens)
+    if too_long == "error":
+        refuse_over_limit(model.config, prompts, over, max_new_tokens)
+    outputs = {keys[row]: "" for row in over}
     if outputs:
         say(f"{progress}: {len(outputs)} prompts are over the model's positions; their outputs are empty")
     rows = {key: ids for key, ids in rows.items() if key not in outputs}
@@ -155,26 +187,8 @@ def translate(
 # --- what is translated
 
 
-def _encode(model, tokenizer, prompt: str) -> list[int]:
-    return tokenizer(prompt)["input_ids"] if model.config.is_encoder_decoder else encode_prompt(tokenizer, prompt)
-
-
-def _over_limit(model, keys, rows, prompts, max_new_tokens, too_long) -> dict[str, str]:
-    # T5's positions are relative and have no such entry
-    if (limit := getattr(model.config, "max_position_embeddings", None)) is None:
-        return {}
-    added = 0 if model.config.is_encoder_decoder else max_new_tokens
-    if model.config.is_encoder_decoder and max_new_tokens > limit:
-        raise ValueError(f"max_new_tokens {max_new_tokens} is over the model's {limit} positions; lower it")
-    over = {key: "" for key in rows if len(rows[key]) + added > limit}
-    if over and too_long == "error":
-        row = next(i for i, key in enumerate(keys) if key in over)
-        raise ValueError(
-            f"prompt {row + 1} of {len(keys)} ({prompts[row][-80:]!r}) takes {len(rows[keys[row]])} tokens, which with "
-            f"{added} new ones is over the model's {limit} positions ({len(over)} prompts are); lower "
-            "--max_new_tokens, or leave such rows out"
-        )
-    return over
+def _encode(config, tokenizer, prompt: str) -> list[int]:
+    return tokenizer(prompt)["input_ids"] if config.is_encoder_decoder else encode_prompt(tokenizer, prompt)
 
 
 def _common_prefix(rows: Iterable[list[int]]) -> list[int]:
@@ -286,17 +300,18 @@ def _decode(
 def _beam_search(model, tokenizer, rows, max_new_tokens, num_beams) -> list[list[int]]:
     seq2seq = model.config.is_encoder_decoder
     ids, mask = _pad(rows, left=not seq2seq, device=model.device)
-    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad, ends = tokenizer.pad_token_id or 0, _end_ids(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         do_sample=False,
-        eos_token_id=_end_ids(model, tokenizer) or None,
+        eos_token_id=ends or None,
         pad_token_id=pad,
         decoder_start_token_id=model.config.decoder_start_token_id if seq2seq else None,
     )
     generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    return generated[:, 1 if seq2seq else ids.shape[1] :].tolist()
+    generated = generated[:, 1 if seq2seq else ids.shape[1] :].tolist()
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in generated]
 
 
 # --- what is kept

@@ -1,0 +1,297 @@
+"""Make preference triples: pairs as the preferred outputs, a translator's outputs as the dis-preferred ones.
+
+    python scripts/make_triples.py --pairs demo --output runs/triples.parquet
+    accelerate launch scripts/make_triples.py --pairs pairs.csv --mol2cap_model M --cap2mol_model C --output t.parquet
+    python scripts/make_triples.py --pairs pairs.csv --fraction 1 --directions mol2cap --mol2cap_outputs captions.txt \\
+        --output triples.jsonl
+
+Pairs: demo, a .csv/.tsv/.jsonl/.parquet file with molecule and caption, or a Hub data set. A --fraction of them is
+taken by --seed and split half and half between the directions, so that no pair is in both (--same_pairs: all in both).
+Models: causal or sequence-to-sequence, a folder or a Hub id; with --pairs demo they default to the demo's. Outputs that
+exist: a .txt with one a line for each pair of --pairs (and --split), or a table with `id` and `prediction` or `output`.
+An output that is empty, or equal to the preferred one, makes no triple and is counted. Writes the triples and, beside
+them, a summary (.json). What a killed run has translated stays in OUTPUT.journal: the same command goes on from it.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from statistics import mean, median
+
+from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "rdkit")
+COLUMNS = {MOL2CAP: ("molecule", "caption"), CAP2MOL: ("caption", "molecule")}  # source, preferred output
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", required=True, help="demo, a file, or a Hub data set")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="triples, .parquet or .jsonl; replaced when finished"
+    )
+    parser.add_argument("--split", help="of --pairs (default: train where the pairs have splits)")
+    parser.add_argument("--fraction", type=float, default=0.1, help="of the pairs (default: the paper's 0.1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
+    parser.add_argument("--same_pairs", action="store_true", help="each pair in both directions, not half in each")
+    parser.add_argument("--canonicalise", action="store_true", help="write molecules as RDKit's canonical SMILES")
+    parser.add_argument("--deduplicate", action="store_true", help="keep the first pair of each molecule")
+    parser.add_argument(
+        "--invalid_pairs", choices=("error", "drop"), default="error", help="molecules that don't parse"
+    )
+    for direction in DIRECTIONS:
+        group = parser.add_argument_group(direction).add_mutually_exclusive_group()
+        group.add_argument(f"--{direction}_model", help="folder or Hub id")
+        group.add_argument(f"--{direction}_outputs", type=Path, help="file of outputs that exist")
+    parser.add_argument("--max_new_tokens", type=int, default=250, help="default: the paper's 250")
+    parser.add_argument("--num_beams", type=int, default=1, help="default: greedy")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature (0: don't)")
+    parser.add_argument("--tokens_per_batch", type=int, default=16384, help="prompts and outputs together")
+    parser.add_argument("--prompt", choices=("auto", "paper", "bare"), default="auto", help="auto: bare for seq2seq")
+    parser.add_argument(
+        "--too_long", choices=("error", "drop"), default="error", help="prompts over a model's positions"
+    )
+    invalid = parser.add_mutually_exclusive_group()
+    invalid.add_argument("--keep_invalid", action="store_true", help="dis-preferred SMILES that don't parse (default)")
+    invalid.add_argument("--drop_invalid", action="store_true", help="make no triple of them")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU")
+    parser.add_argument("--trust_remote_code", action="store_true")
+    args = parser.parse_args(argv)
+    args.directions = [direction for direction in DIRECTIONS if direction in args.directions]
+    for direction in args.directions:
+        if not (getattr(args, f"{direction}_model") or getattr(args, f"{direction}_outputs") or args.pairs == "demo"):
+            parser.error(f"give --{direction}_model or --{direction}_outputs, or choose other --directions")
+    if args.output.suffix not in (".parquet", ".jsonl"):
+        parser.error(f"--output {args.output}: triples are .parquet or .jsonl")
+    return args
+
+
+def attach_outputs(pairs: list[dict], path: Path, direction: str) -> None:
+    """Set `pair[direction]` to the pair's output in `path`, None where a table has none for its id."""
+    from lmolt.pairs import read_table, read_text
+
+    if path.suffix == ".txt":
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file of outputs")
+        lines = read_text(path).split("\n")
+        lines = lines[:-1] if lines[-1] == "" else lines
+        if len(lines) != len(pairs):
+            raise ValueError(f"{path} has {len(lines)} lines for {len(pairs)} pairs; one output a line, in their order")
+        for pair, line in zip(pairs, lines, strict=True):
+            pair[direction] = line
+        return
+    rows = [row for row in read_table(path) if row.get("direction", direction) == direction]
+    column = next((name for name in ("prediction", "output") if rows and name in rows[0]), None)
+    if column is None or "id" not in rows[0]:
+        found = ", ".join(rows[0]) if rows else f"no {direction} row"
+        raise ValueError(f"{path}: needs columns id and prediction (or output), found {found}")
+    outputs = {str(row["id"]): row[column] or "" for row in rows}
+    if not any(pair["id"] in outputs for pair in pairs):
+        raise ValueError(
+            f"{path}: none of its ids (such as {rows[0]['id']!r}) is a pair's (such as {pairs[0]['id']!r})"
+        )
+    for pair in pairs:
+        pair[direction] = outputs.get(pair["id"])
+
+
+def pairs_by_direction(args: argparse.Namespace, counts: Counter) -> dict[str, list[dict]]:
+    """Clean, sampled pairs for each direction; those with outputs that exist have them under the direction's name."""
+    from lmolt.pairs import clean, read_pairs, sample
+
+    pairs = read_pairs(args.pairs, args.split, counts)
+    if args.split is None and any(pair.get("split") == "train" for pair in pairs):
+        pairs = [pair for pair in pairs if pair.get("split") == "train"]
+    for direction in args.directions:
+        if path := getattr(args, f"{direction}_outputs"):
+            attach_outputs(pairs, path, direction)
+    options = {"canonicalise": args.canonicalise, "deduplicate": args.deduplicate, "invalid": args.invalid_pairs}
+    cleaned, changes = clean(pairs, where=args.pairs, **options)
+    counts += changes
+    sampled = sample(cleaned, args.fraction, args.seed)
+    counts |= {"pairs read": len(pairs), "pairs sampled": len(sampled)}
+    if args.same_pairs or len(args.directions) == 1:
+        return dict.fromkeys(args.directions, sampled)
+    shuffled = random.Random(args.seed).sample(sampled, len(sampled))
+    half = len(shuffled) // 2
+    return {MOL2CAP: shuffled[:half], CAP2MOL: shuffled[half:]}
+
+
+def fitting_prompts(args: argparse.Namespace, direction: str, pairs: list[dict], counts: Counter):
+    """Pairs whose prompt fits the direction's model, and the prompts; read from its folder before it is loaded."""
+    from lmolt.translate import load_config, over_limit, prompts_for, refuse_over_limit
+
+    config, tokenizer = load_config(getattr(args, f"{direction}_model"), args.trust_remote_code)
+    prompts = prompts_for(config, direction, [pair[COLUMNS[direction][0]] for pair in pairs], args.prompt)
+    over = over_limit(config, tokenizer, prompts, args.max_new_tokens)
+    if args.too_long == "error":
+        refuse_over_limit(config, prompts, over, args.max_new_tokens)
+    if over:
+        counts[f"{direction}: over the model's positions"] = len(over)
+    fit = [i for i in range(len(pairs)) if i not in over]
+    return [pairs[i] for i in fit], [prompts[i] for i in fit]
+
+
+def triples_of(direction: str, pairs: list[dict], outputs: list[str | None], drop_invalid: bool, counts: Counter):
+    """Triples of one direction; what makes none is counted by cause."""
+    from rdkit import Chem, rdBase
+
+    source, target = COLUMNS[direction]
+    triples = []
+    with rdBase.BlockLogs():
+        for pair, output in zip(pairs, outputs, strict=True):
+            chosen, rejected = pair[target], (output or "").strip()
+            if not rejected:
+                counts[f"{direction}: {'no output' if output is None else 'empty output'}"] += 1
+                continue
+            if direction == CAP2MOL:
+                molecule = Chem.MolFromSmiles(rejected)
+                same = molecule and Chem.MolToSmiles(molecule) == Chem.CanonSmiles(chosen)
+                if molecule is None:
+                    counts[f"{direction}: invalid SMILES {'dropped' if drop_invalid else 'kept'}"] += 1
+                    if drop_invalid:
+                        continue
+            else:
+                same = rejected.lower().split() == chosen.lower().split()
+            if same:
+                counts[f"{direction}: output equal to the preferred one"] += 1
+                continue
+            row = {"id": pair["id"], "direction": direction, "source": pair[source]}
+            triples.append(row | {"chosen": chosen, "rejected": rejected})
+    counts[f"{direction}: triples"] = len(triples)
+    return triples
+
+
+def lengths(texts: list[str]) -> dict:
+    """In characters."""
+    sizes = list(map(len, texts))
+    return {"mean": mean(sizes), "median": median(sizes), "max": max(sizes)} if sizes else {}
+
+
+def summary(args: argparse.Namespace, triples: list[dict], counts: Counter) -> dict:
+    """What the file of triples is made of and from; lengths in characters."""
+    files = [args.output, Path(args.pairs), args.mol2cap_outputs, args.cap2mol_outputs]
+    digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
+    per_direction = {}
+    for direction in args.directions:
+        mine = [triple for triple in triples if triple["direction"] == direction]
+        per_direction[direction] = {key: lengths([t[key] for t in mine]) for key in ("source", "chosen", "rejected")}
+        if direction == CAP2MOL and mine and not args.drop_invalid:
+            invalid = counts[f"{CAP2MOL}: invalid SMILES kept"]
+            per_direction[direction]["validity of rejected"] = 1 - invalid / len(mine)
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "counts": dict(sorted(counts.items())),
+        "characters": per_direction,
+        "sha256": {path.name: digest(path) for path in files if path is not None and path.is_file()},
+        "versions": {name: version(name) for name in PACKAGES},
+        "arguments": {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()},
+    }
+
+
+def main() -> None:
+    args = parse_arguments()
+    from accelerate import PartialState
+
+    state = PartialState(timeout=timedelta(days=1))  # how long one process may wait for the others' share
+    say = print if state.is_main_process else lambda *_: None
+
+    # --- pairs
+    counts = Counter()
+    if args.pairs == "demo":
+        use_demo(args, state)
+    pairs = pairs_by_direction(args, counts)
+    say(f"reads {args.pairs}: " + ", ".join(f"{len(pairs[direction])} pairs for {direction}" for direction in pairs))
+
+    # --- what can be wrong with the models is found before the first is loaded
+    prompts = {}
+    for direction in args.directions:
+        if getattr(args, f"{direction}_model"):
+            pairs[direction], prompts[direction] = fitting_prompts(args, direction, pairs[direction], counts)
+
+    # --- outputs -> triples
+    triples, journal = [], args.output.with_name(args.output.name + ".journal")
+    for direction in args.directions:
+        if direction in prompts:
+            outputs = translations(args, direction, prompts[direction], journal)
+        else:
+            outputs = [pair[direction] for pair in pairs[direction]]
+        triples += triples_of(direction, pairs[direction], outputs, args.drop_invalid, counts)
+
+    # --- write
+    if state.is_main_process:
+        from lmolt.triples import write_triples
+
+        if not triples:
+            raise ValueError(f"no pair makes a triple: {dict(counts)}")
+        write_triples(triples, args.output)
+        report = args.output.with_suffix(".json")
+        partial = report.with_name(f".{report.name}.partial")
+        partial.write_text(json.dumps(summary(args, triples, counts), indent=1, ensure_ascii=False))
+        partial.replace(report)
+        shutil.rmtree(journal, ignore_errors=True)
+        for cause, n in sorted(counts.items()):
+            print(f"  {n:7,} {cause}")
+        print(f"wrote {args.output}: {len(triples)} triples, and {report}")
+    state.wait_for_everyone()
+
+
+def use_demo(args: argparse.Namespace, state) -> None:
+    """Build what the embedded default lacks, and take its T5s where no other translator is named."""
+    from lmolt import demo
+
+    wanted = [d for d in args.directions if not (getattr(args, f"{d}_model") or getattr(args, f"{d}_outputs"))]
+    with state.main_process_first():
+        if wanted:
+            demo.build_models()
+        else:
+            demo.pairs()
+    for direction in wanted:
+        setattr(args, f"{direction}_model", str(ROOT / "runs" / "demo" / "models" / f"t5_{direction}"))
+
+
+def translations(args: argparse.Namespace, direction: str, prompts: list[str], journal: Path) -> list[str]:
+    from lmolt.translate import load_translator, translate
+
+    name = getattr(args, f"{direction}_model")
+    model, tokenizer = load_translator(name, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    return translate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        tokens_per_batch=args.tokens_per_batch,
+        num_beams=args.num_beams,
+        temperature=args.temperature,
+        seed=args.seed,
+        journal=journal / direction,
+        progress=f"{direction} with {name}",
+    )
+
+
+if __name__ == "__main__":
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if first:
+            print(
+                "\nstopped; what is translated is in OUTPUT.journal: the same command goes on from it", file=sys.stderr
+            )
+        sys.exit(130)

@@ -1,0 +1,167 @@
+"""Batched translation against `generate`, one prompt at a time; journals; limits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from lmolt import translate as translation
+from lmolt.prompts import MOL2CAP, build_prompt, encode_prompt
+from lmolt.translate import load_translator, over_limit, prompts_for, translate
+
+MOLECULES = ["C" * n + "O" for n in range(1, 12)] + ["c1ccccc1", "N", "CC(=O)Nc1ccc(O)cc1", "C1CCCCC1C(=O)O"]
+NEW = 24
+
+
+def make_t5(tiny_policy: Path, folder: Path) -> Path:
+    """A random T5 of two layers with the tiny Llama's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    torch.manual_seed(1)
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    ids = {"vocab_size": len(tokenizer), "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, **ids, tie_word_embeddings=False, initializer_factor=2.0))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["llama", "t5"])
+def translator(request, tiny_policy, tmp_path_factory):
+    """A random model whose outputs end at different lengths: a fifth of its vocabulary ends them."""
+    folder = tiny_policy if request.param == "llama" else make_t5(tiny_policy, tmp_path_factory.mktemp("t5"))
+    model, tokenizer = load_translator(str(folder))
+    model.generation_config.eos_token_id = list(range(2, len(tokenizer), 5))
+    with torch.no_grad():  # so that outputs depend on prompts
+        for parameter in model.parameters():
+            parameter.mul_(3 if request.param == "llama" and parameter.ndim == 2 else 1)
+    return model, tokenizer, prompts_for(model.config, MOL2CAP, MOLECULES)
+
+
+def one_by_one(model, tokenizer, prompts, new=NEW, **how) -> list[str]:
+    texts = []
+    for prompt in prompts:
+        seq2seq = model.config.is_encoder_decoder
+        ids = torch.tensor([tokenizer(prompt)["input_ids"] if seq2seq else encode_prompt(tokenizer, prompt)])
+        ends = model.generation_config.eos_token_id
+        config = GenerationConfig(max_new_tokens=new, eos_token_id=ends, pad_token_id=0, **how)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0].tolist()
+        out = out[1 if seq2seq else ids.shape[1] :]
+        out = out[:-1] if out[-1] in ends else out
+        texts.append(tokenizer.decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip())
+    return texts
+
+
+def test_greedy_outputs_are_those_of_generate_one_by_one(translator):
+    model, tokenizer, prompts = translator
+    expected = one_by_one(model, tokenizer, prompts)
+    assert len(set(expected)) > 5 and len({len(text) for text in expected}) > 3  # the rows differ and end apart
+    assert translate(model, tokenizer, prompts, max_new_tokens=NEW) == expected
+    assert translate(model, tokenizer, prompts, max_new_tokens=NEW, tokens_per_batch=150) == expected
+    assert translate(model, tokenizer, prompts[:1], max_new_tokens=NEW) == expected[:1]
+
+
+def test_beams_are_those_of_generate_one_by_one(translator):
+    model, tokenizer, prompts = translator
+    expected = one_by_one(model, tokenizer, prompts[:6], new=8, num_beams=3)
+    assert translate(model, tokenizer, prompts[:6], max_new_tokens=8, num_beams=3) == expected
+
+
+def test_the_batch_shrinks_as_rows_end(translator, monkeypatch):
+    model, tokenizer, prompts = translator
+    rows, forward = [], model.forward
+
+    def counting(*args, **kwargs):
+        rows.append(len(kwargs.get("decoder_input_ids", kwargs.get("input_ids"))))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(2, len(tokenizer), 2)))
+    expected = one_by_one(model, tokenizer, prompts)
+    monkeypatch.setattr(model, "forward", counting)
+    assert translate(model, tokenizer, prompts, max_new_tokens=NEW) == expected
+    assert max(rows) == len(prompts) and rows[-1] < max(rows)
+
+
+def test_samples_depend_on_seed_and_row_but_not_on_the_batch(translator):
+    model, tokenizer, prompts = translator
+    draw = lambda **how: translate(model, tokenizer, prompts[:4] * 2, max_new_tokens=8, temperature=2.0, **how)
+    first = draw()
+    assert first == draw(tokens_per_batch=1) != draw(seed=1)
+    assert first[:4] != first[4:]  # a repeated prompt is another candidate
+    cold = translate(model, tokenizer, prompts[:4], max_new_tokens=8, temperature=1e-4)
+    assert cold == translate(model, tokenizer, prompts[:4], max_new_tokens=8)
+
+
+def test_what_the_journal_has_is_not_translated_again(translator, tmp_path, monkeypatch):
+    model, tokenizer, prompts = translator
+    journal = tmp_path / "journal"
+    expected = translate(model, tokenizer, prompts, max_new_tokens=NEW, tokens_per_batch=150, journal=journal)
+    file = journal / "process-0.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    assert len(lines) == len(prompts)
+    file.write_bytes(b"".join(lines[:9]) + lines[9][:20])  # a kill in the middle of the tenth row
+    decoded = []
+    monkeypatch.setattr(
+        translation, "_decode", lambda m, t, rows, *a: decoded.append(len(rows)) or real(m, t, rows, *a)
+    )
+    assert translate(model, tokenizer, prompts, max_new_tokens=NEW, tokens_per_batch=150, journal=journal) == expected
+    assert sum(decoded) == len(prompts) - 9
+    decoded.clear()
+    assert translate(model, tokenizer, prompts, max_new_tokens=NEW, journal=journal) == expected and not decoded
+    translate(model, tokenizer, prompts, max_new_tokens=NEW - 1, journal=journal)  # other settings: other rows
+    assert sum(decoded) == len(prompts)
+    decoded.clear()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)  # other weights: other rows
+        translate(model, tokenizer, prompts, max_new_tokens=NEW, journal=journal)
+        model.get_input_embeddings().weight.div_(1.5)
+    assert sum(decoded) == len(prompts)
+    for line in file.read_text().splitlines():
+        assert not line or line == lines[9][:20].decode() or set(json.loads(line)) == {"key", "output"}
+
+
+real = translation._decode
+
+
+def test_equal_prompts_are_translated_once(translator, monkeypatch):
+    model, tokenizer, prompts = translator
+    decoded = []
+    monkeypatch.setattr(
+        translation, "_decode", lambda m, t, rows, *a: decoded.append(len(rows)) or real(m, t, rows, *a)
+    )
+    out = translate(model, tokenizer, [prompts[0], prompts[1], prompts[0]], max_new_tokens=4)
+    assert decoded == [2] and out[0] == out[2]
+
+
+def test_no_prompt_and_training_mode_kept(translator):
+    model, tokenizer, prompts = translator
+    model.train()
+    assert translate(model, tokenizer, []) == []
+    assert model.training
+    model.eval()
+    with pytest.raises(ValueError, match="exclude each other"):
+        translate(model, tokenizer, prompts, num_beams=2, temperature=1.0)
+
+
+def test_a_prompt_over_the_positions_is_never_cut(tiny_policy):
+    model, tokenizer = load_translator(str(tiny_policy))
+    prompts = [build_prompt(MOL2CAP, "CCO"), build_prompt(MOL2CAP, "CN" * 600)]
+    over = over_limit(model.config, tokenizer, prompts, 8)
+    assert list(over) == [1] and over[1] == len(encode_prompt(tokenizer, prompts[1]))
+    with pytest.raises(ValueError, match=f"prompt 2 of 2 .* takes {over[1]} tokens; with 8 new ones that is over"):
+        translate(model, tokenizer, prompts, max_new_tokens=8)
+    outputs = translate(model, tokenizer, prompts, max_new_tokens=8, too_long="empty")
+    assert outputs == [translate(model, tokenizer, prompts[:1], max_new_tokens=8)[0], ""]
+    with pytest.raises(ValueError, match="max_new_tokens 5000 is over the model's 1024 positions"):
+        translate(model, tokenizer, prompts[:1], max_new_tokens=5000)
+
+
+def test_what_cannot_be_loaded(tmp_path, tiny_policy):
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        load_translator(str(tmp_path))
+    with pytest.raises(ValueError, match="'someone/nothing' can't be loaded"):
+        load_translator("someone/nothing")
+    with pytest.raises(FileNotFoundError, match="no adapter_config.json"):
+        load_translator(str(tiny_policy), str(tmp_path))
+    assert LlamaForCausalLM.from_pretrained(tiny_policy).config.model_type == "llama"
