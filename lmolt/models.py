@@ -7,6 +7,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from lmolt.attention import TREE
+
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -59,7 +61,7 @@ def load_base(name: str, *, revision=None, load_in_4bit=False, dtype=torch.bfloa
         name,
         revision=revision,
         dtype=dtype,
-        attn_implementation="sdpa",  # takes the tree's 4-D mask, on every device
+        attn_implementation=TREE,
         trust_remote_code=trust_remote_code,
         **kwargs,
     )
@@ -70,6 +72,11 @@ def load_base(name: str, *, revision=None, load_in_4bit=False, dtype=torch.bfloa
 
 def add_adapter(model, adapter: str | None, *, r: int, alpha: int, dropout: float, target_modules):
     """The trainable policy: a fresh LoRA (B = 0, so the policy starts as its base), or `adapter` continued."""
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight at its first forward pass in eval mode, for a
+        # kernel without gradient, and never unpacks it: training after an evaluation would silently lose gradients.
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
     if adapter is not None:
         if not (Path(adapter) / "adapter_config.json").exists() and Path(adapter).exists():
             raise FileNotFoundError(f"{adapter!r} holds no adapter_config.json; give the folder of a PEFT adapter")

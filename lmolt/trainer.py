@@ -64,7 +64,7 @@ class PreferenceArguments(TrainingArguments):
         metadata={"help": "cut each step into micro-batches of at most so many tokens; sets the accumulation"},
     )
     packing: str = field(default="tree", metadata={"help": "tree: shared prefixes once; padded: one row an output"})
-    score_chunk: int = field(default=512, metadata={"help": "positions whose logits exist at one time"})
+    score_chunk: int = field(default=256, metadata={"help": "positions whose logits exist at one time"})
     eval_translations: int = field(
         default=0,
         metadata={"help": "held-out sources to translate and score per direction at each evaluation"},
@@ -346,7 +346,6 @@ class PreferenceTrainer(Trainer):
 
     # --- the reference
 
-    @torch.no_grad()
     def set_references(self, identity: dict) -> str:
         """Give every example its log-probabilities under the model as it stands now; "computed" or "cached"."""
         examples = self.train_dataset.examples + (self.eval_dataset.examples if self.eval_dataset else [])
@@ -360,6 +359,7 @@ class PreferenceTrainer(Trainer):
             example.reference = tuple(row)
         return outcome
 
+    @torch.no_grad()
     def _compute_references(self, examples: list[Example]) -> torch.Tensor:
         self.model.eval()
         per_pass = self.args.eval_batch_size * self.args.world_size

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from lmolt.attention import TREE, cut_into_blocks
+
 IGNORED = -100
 
 
@@ -94,19 +96,22 @@ def build_tree(sequences: list[tuple[list[int], list[int]]]) -> Tree:
     )
 
 
-def tree_logps(model, tree: Tree, score_chunk: int = 512) -> torch.Tensor:
+def tree_logps(model, tree: Tree, score_chunk: int = 256) -> torch.Tensor:
     """Summed log-probability of each sequence's output, (N,) summed in float64, from one forward pass of `model`.
 
     `model` may be wrapped (DDP, DeepSpeed, FSDP, PEFT): the pass goes through its own `forward`.
     """
     config = model.config if hasattr(model, "config") else model.module.config
+    mask = tree.attention_mask(getattr(config, "sliding_window", None))
     inputs = {
         "input_ids": tree.input_ids,
         "position_ids": tree.position_ids,
-        "attention_mask": tree.attention_mask(getattr(config, "sliding_window", None)),
+        "attention_mask": mask,
         "logits_to_keep": tree.predictors,
         "use_cache": False,
     }
+    if config._attn_implementation == TREE:
+        inputs["tree_blocks"] = cut_into_blocks(tree.subtree_end, mask)
     head = _output_head(model)
     if _scales_logits(config) or type(head) is not torch.nn.Linear:
         scored = _gather_logps(model(**inputs).logits[0], tree.targets)
@@ -206,9 +211,10 @@ class _FrozenHeadLogps(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = F.linear(hidden[part], weight, bias).float()  # (chunk, V)
-            logps[part] = logits.gather(1, targets[part, None])[:, 0] - logits.logsumexp(1)
+            log_total = logits.logsumexp(1, keepdim=True)
+            logps[part] = (logits.gather(1, targets[part, None]) - log_total)[:, 0]
             if need_gradient:
-                probabilities = logits.softmax(1).to(weight.dtype)
+                probabilities = logits.sub_(log_total).exp_().to(weight.dtype)
                 gradient[part] = weight[targets[part]] - probabilities @ weight
         if need_gradient:
             ctx.save_for_backward(gradient)
