@@ -12,8 +12,10 @@ MAX_PIECES = 512  # the reference scripts truncate there, without special tokens
 _SPECIAL = ("[PAD]", "[CLS]", "[SEP]")  # and drop these where they occur in the text itself
 
 
-def word_pieces(texts: list[str], tokenizer=None) -> tuple[list[list[int]], list[str]]:
-    """`(pieces, vocabulary)`: each text as indices into the vocabulary's names, at most 512 a text.
+def word_pieces(
+    texts: list[str], tokenizer=None, max_pieces: int | None = MAX_PIECES
+) -> tuple[list[list[int]], list[str]]:
+    """`(pieces, vocabulary)`: each text as indices into the vocabulary's names, at most `max_pieces` a text.
 
     `tokenizer`: folder or Hub id of a tokenizer, a callable `str -> list[str]`, or None for lower-cased words and
     punctuation marks (plain, and not comparable with published numbers). `FileNotFoundError` for a folder without one.
@@ -22,17 +24,17 @@ def word_pieces(texts: list[str], tokenizer=None) -> tuple[list[list[int]], list
         tokenizer = lambda text: re.findall(r"\w+|[^\w\s]", text.lower())
     if callable(tokenizer):
         number = {}
-        ids = [[number.setdefault(p, len(number)) for p in tokenizer(text)[:MAX_PIECES]] for text in texts]
+        ids = [[number.setdefault(p, len(number)) for p in tokenizer(text)[:max_pieces]] for text in texts]
         names = list(number)
     else:
-        ids, names = _ids_of_folder(texts, str(tokenizer))
+        ids, names = _ids_of_folder(texts, str(tokenizer), max_pieces)
     special = {i for i, name in enumerate(names) if name in _SPECIAL}
     if special:
         ids = [row if special.isdisjoint(row) else [i for i in row if i not in special] for row in ids]
     return ids, names
 
 
-def _ids_of_folder(texts: list[str], name: str) -> tuple[list[list[int]], list[str]]:
+def _ids_of_folder(texts: list[str], name: str, max_pieces: int | None) -> tuple[list[list[int]], list[str]]:
     folder = Path(name)
     config = folder / "tokenizer_config.json"
     settings = json.loads(config.read_text()) if config.is_file() else {}
@@ -51,7 +53,7 @@ def _ids_of_folder(texts: list[str], name: str) -> tuple[list[list[int]], list[s
         number = {}
         chunks = [[number.setdefault(c, len(number)) for c in text.split(" ")] for text in texts]
         pieces = [e.ids for e in tokenizer.encode_batch(list(number), add_special_tokens=False)]
-        ids = [[i for c in row for i in pieces[c]][:MAX_PIECES] for row in chunks]
+        ids = [[i for c in row for i in pieces[c]][:max_pieces] for row in chunks]
         return ids, [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
     from transformers import AutoTokenizer
 
@@ -63,7 +65,9 @@ def _ids_of_folder(texts: list[str], name: str) -> tuple[list[list[int]], list[s
             f"allenai/scibert_scivocab_uncased): {str(error).splitlines()[0]}"
         ) from None
     # `tokenize()` ignores truncation in transformers 5, so the tokenizer itself is called.
-    ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=MAX_PIECES)["input_ids"]
+    ids = tokenizer(texts, add_special_tokens=False, truncation=max_pieces is not None, max_length=max_pieces)[
+        "input_ids"
+    ]
     return ids, tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
 
 

@@ -38,13 +38,13 @@ def resampled_sums(columns: np.ndarray, n_bootstrap: int, seed: int) -> np.ndarr
 
 def bootstrap(statistics: dict[str, tuple], n_bootstrap: int, seed: int) -> dict[str, np.ndarray]:
     """Values of each statistic over the same resamples, `(n_bootstrap,)` each (NaN where a resample defines none)."""
-    columns = np.concatenate([c for c, _ in statistics.values()], 1)
-    sums = resampled_sums(columns, n_bootstrap, seed)
-    values, start = {}, 0
-    for key, (own, value) in statistics.items():
-        values[key] = value(sums[:, start : start + own.shape[1]])
-        start += own.shape[1]
-    return values
+    blocks = {id(columns): columns for columns, _ in statistics.values()}  # BLEU-2 and BLEU-4 share theirs
+    ends = dict(zip(blocks, np.cumsum([c.shape[1] for c in blocks.values()]).tolist(), strict=True))
+    sums = resampled_sums(np.concatenate(list(blocks.values()), 1), n_bootstrap, seed)
+    return {
+        key: value(sums[:, ends[id(columns)] - columns.shape[1] : ends[id(columns)]])
+        for key, (columns, value) in statistics.items()
+    }
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> list[float] | None:
