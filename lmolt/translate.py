@@ -18,17 +18,24 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig
 
 from lmolt.models import check_model_folder, load_base, load_tokenizer
 from lmolt.prompts import build_prompt, encode_prompt
+
+
+def process_state() -> PartialState:
+    """This process's place among those that `accelerate launch` (or torchrun) started, on CPUs as well."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, timeout=timedelta(days=1))  # how long one may wait for the others' share
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> tuple:
@@ -54,7 +61,7 @@ def load_translator(
     `name` is a folder or Hub id of a causal or sequence-to-sequence model, `dtype` a torch name (default: bfloat16 on a
     GPU, float32 on a CPU). `ValueError`/`FileNotFoundError` where it has no weights or is not to be found.
     """
-    device = PartialState().device
+    device = process_state().device
     dtype = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     config, tokenizer = load_config(name, trust_remote_code)
     if not config.is_encoder_decoder:
@@ -126,7 +133,8 @@ def translate(
     """
     if num_beams > 1 and temperature > 0:
         raise ValueError(f"num_beams {num_beams} and temperature {temperature} exclude each other")
-    state, say = PartialState(), tqdm.write if PartialState().is_main_process else lambda _: None
+    state = process_state()
+    say = tqdm.write if state.is_main_process else lambda _: None
     settings = (_identity(model), _end_ids(model, tokenizer), max_new_tokens, num_beams, temperature, seed)
 
     # --- the rows to translate: key -> token ids

@@ -26,7 +26,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from importlib.metadata import version
 from statistics import mean, median
 
@@ -203,9 +203,9 @@ def summary(args: argparse.Namespace, triples: list[dict], counts: Counter) -> d
 
 def main() -> None:
     args = parse_arguments()
-    from accelerate import PartialState
+    from lmolt.translate import process_state
 
-    state = PartialState(timeout=timedelta(days=1))  # how long one process may wait for the others' share
+    state = process_state()
     say = print if state.is_main_process else lambda *_: None
 
     # --- pairs
