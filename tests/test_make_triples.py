@@ -1,0 +1,198 @@
+"""The script as a user runs it: outputs that exist, models, two processes, a kill, mistakes."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_translate import make_t5
+
+from lmolt.pairs import write_table
+from lmolt.triples import read_triples
+
+ROOT = Path(__file__).resolve().parents[1]
+MOLECULES = ["C" * n + end for n in range(1, 6) for end in ("O", "N", "Cl", "c1ccccc1")]
+PAIRS = [
+    {"id": f"p{i}", "molecule": smiles, "caption": f"Molecule {i} has {len(smiles)} signs."}
+    for i, smiles in enumerate(MOLECULES)
+]
+TWO_PROCESSES = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+use_cpu: true
+num_processes: 2
+num_machines: 1
+machine_rank: 0
+mixed_precision: 'no'
+"""
+
+
+def command(*args, launcher=(sys.executable,)) -> list[str]:
+    return [*launcher, str(ROOT / "scripts" / "make_triples.py"), *map(str, args)]
+
+
+def run(*args, launcher=(sys.executable,), cwd=ROOT):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    return subprocess.run(
+        command(*args, launcher=launcher), capture_output=True, text=True, cwd=cwd, env=environment, timeout=120
+    )
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    write_table(PAIRS, tmp_path / "pairs.csv")
+    return tmp_path / "pairs.csv"
+
+
+def test_outputs_that_exist(pairs, tmp_path):
+    captions = [pair["caption"].upper() + " " if i < 3 else f"Wrong {i}." for i, pair in enumerate(PAIRS)]
+    captions[3] = " "
+    (tmp_path / "captions.txt").write_text("".join(line + "\n" for line in captions))
+    molecules = [{"id": p["id"], "output": "C1CC" if i < 4 else "CC"} for i, p in enumerate(PAIRS)]
+    molecules[4]["output"] = "NC"  # the first amine in another order
+    write_table(molecules[:-1], tmp_path / "molecules.jsonl")
+    outputs = ("--mol2cap_outputs", tmp_path / "captions.txt", "--cap2mol_outputs", tmp_path / "molecules.jsonl")
+    out = tmp_path / "triples.parquet"
+    done = run("--pairs", pairs, *outputs, "--output", out, "--fraction", 1, "--same_pairs")
+    assert done.returncode == 0, done.stderr
+    triples, summary = read_triples(out), json.loads(out.with_suffix(".json").read_text())
+    assert summary["counts"] == {
+        "pairs read": 20,
+        "pairs sampled": 20,
+        "mol2cap: output equal to the preferred one": 3,
+        "mol2cap: empty output": 1,
+        "mol2cap: triples": 16,
+        "cap2mol: invalid SMILES kept": 4,
+        "cap2mol: no output": 1,
+        "cap2mol: triples": 19,
+    }
+    assert triples[0] == {
+        "id": "p4",
+        "direction": "mol2cap",
+        "source": MOLECULES[4],
+        "chosen": PAIRS[4]["caption"],
+        "rejected": "Wrong 4.",
+    }
+    assert summary["sha256"]["pairs.csv"] == hashlib.sha256(pairs.read_bytes()).hexdigest()
+    assert summary["characters"]["cap2mol"]["validity of rejected"] == pytest.approx(15 / 19)
+    assert summary["arguments"]["fraction"] == 1.0 and summary["versions"]["rdkit"]
+
+
+def test_directions_share_no_pair_and_the_seed_decides(pairs, tmp_path):
+    (tmp_path / "c.txt").write_text("Wrong.\n" * 20)
+    (tmp_path / "m.txt").write_text("C1CC\n" * 20)
+    outputs = ("--mol2cap_outputs", tmp_path / "c.txt", "--cap2mol_outputs", tmp_path / "m.txt")
+    of = {}
+    for seed in (0, 0, 1):
+        done = run("--pairs", pairs, *outputs, "--output", tmp_path / "t.jsonl", "--fraction", 0.5, "--seed", seed)
+        assert done.returncode == 0, done.stderr
+        triples = read_triples(tmp_path / "t.jsonl")
+        assert len({t["id"] for t in triples}) == len(triples) == 10
+        assert sum(t["direction"] == "mol2cap" for t in triples) == 5
+        assert of.setdefault(seed, triples) == triples
+    assert of[0] != of[1]
+    done = run("--pairs", pairs, *outputs, "--output", tmp_path / "t.jsonl", "--drop_invalid", "--fraction", 0.5)
+    counts = json.loads((tmp_path / "t.json").read_text())["counts"]
+    assert counts["cap2mol: invalid SMILES dropped"] == 5 and counts["cap2mol: triples"] == 0
+
+
+def test_models_one_and_two_processes_and_a_kill(pairs, tmp_path, tiny_policy):
+    t5 = make_t5(tiny_policy, tmp_path / "t5")
+    models = ("--mol2cap_model", tiny_policy, "--cap2mol_model", t5, "--max_new_tokens", 24, "--tokens_per_batch", 200)
+    arguments = ("--pairs", pairs, "--fraction", 1, *models, "--output")
+    done = run(*arguments, tmp_path / "one.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "one.jsonl.journal").exists()
+    whole = (tmp_path / "one.jsonl").read_bytes()
+    assert {t["direction"] for t in read_triples(tmp_path / "one.jsonl")} == {"mol2cap", "cap2mol"}
+
+    (tmp_path / "two.yaml").write_text(TWO_PROCESSES)
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml"))
+    done = run(*arguments, tmp_path / "two.jsonl", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert "(1 of 2 processes)" in done.stderr
+    assert (tmp_path / "two.jsonl").read_bytes() == whole
+
+    # killed as soon as something is in the journal; what is there is not made again
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    journal = tmp_path / "killed.jsonl.journal"
+    rows = lambda: [line for f in journal.rglob("*.jsonl") for line in f.read_bytes().split(b"\n") if line]
+    with subprocess.Popen(
+        command(*arguments, tmp_path / "killed.jsonl"),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        while process.poll() is None and not rows():
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    before = rows()
+    assert 0 < len(before) < 20 and not (tmp_path / "killed.jsonl").exists()
+    done = run(*arguments, tmp_path / "killed.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "killed.jsonl").read_bytes() == whole
+    assert f"{len(before)} of 10 rows are in" in done.stdout + done.stderr or len(before) > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pairs", "{pairs}", "--output", "t.jsonl"], "give --mol2cap_model or --mol2cap_outputs"),
+        (
+            ["--pairs", "{pairs}", "--output", "t.csv", "--mol2cap_model", "m", "--cap2mol_model", "m"],
+            ".parquet or .jsonl",
+        ),
+        (
+            ["--pairs", "no.csv", "--output", "t.jsonl", "--directions", "mol2cap", "--mol2cap_model", "m"],
+            "no such file",
+        ),
+        (
+            ["--pairs", "{pairs}", "--output", "t.jsonl", "--directions", "mol2cap", "--mol2cap_model", "./m"],
+            "doesn't exist",
+        ),
+        (
+            ["--pairs", "{bad}", "--output", "t.jsonl", "--directions", "mol2cap", "--mol2cap_model", "m"],
+            "'C1CC' does not",
+        ),
+        (
+            ["--pairs", "{pairs}", "--output", "t.jsonl", "--directions", "mol2cap", "--mol2cap_outputs", "{bad}"],
+            "needs columns id and prediction (or output), found molecule, caption",
+        ),
+        (
+            ["--pairs", "{pairs}", "--fraction", "2", "--output", "t.jsonl", "--directions", "mol2cap"]
+            + ["--mol2cap_model", "m"],
+            "a fraction is over 0 and at most 1, got 2.0",
+        ),
+    ],
+)
+def test_a_users_mistake_is_one_message(pairs, tmp_path, arguments, message):
+    bad = tmp_path / "bad.csv"
+    bad.write_text("molecule,caption\nC1CC,ring\n")
+    done = run(*[argument.format(pairs=pairs, bad=bad) for argument in arguments], cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "t.jsonl").exists()
+
+
+def test_a_prompt_over_the_positions_is_found_before_a_model_is_loaded(tmp_path, tiny_policy):
+    long = {"id": "long", "molecule": "CN" * 600, "caption": "Long."}
+    write_table([*PAIRS, long], tmp_path / "pairs.tsv")
+    arguments = ("--pairs", tmp_path / "pairs.tsv", "--directions", "mol2cap", "--mol2cap_model", tiny_policy)
+    arguments += ("--fraction", 1, "--max_new_tokens", 4, "--output", tmp_path / "t.jsonl")
+    done = run(*arguments)
+    assert done.returncode == 2 and "prompt 21 of 21" in done.stderr and "Loading weights" not in done.stderr
+    done = run(*arguments, "--too_long", "drop")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "t.json").read_text())["counts"]["mol2cap: over the model's positions"] == 1
+
+
+def test_help_is_quick():
+    start = time.monotonic()
+    done = run("--help")
+    assert done.returncode == 0 and "half and half" in done.stdout
+    assert time.monotonic() - start < 2
