@@ -55,11 +55,15 @@ def distributions(panels: list[tuple[str, str, dict[str, np.ndarray]]]) -> bytes
     """
     systems = list(dict.fromkeys(name for _, _, values in panels for name in values))
     look = lambda name: {"color": COLOURS[systems.index(name) % 8], "linestyle": LINES[systems.index(name) % 8]}
-    columns = min(len(panels), 2)
+    columns = 3 if len(panels) == 3 else min(len(panels), 2)
     rows = -(-len(panels) // columns)
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(
-            rows, columns, figsize=(3.5 * columns, 2.3 * rows + 0.4), squeeze=False, layout="constrained"
+            rows,
+            columns,
+            figsize=((2.8 if columns == 3 else 3.5) * columns, 2.3 * rows + 0.4),
+            squeeze=False,
+            layout="constrained",
         )
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)

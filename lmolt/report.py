@@ -145,7 +145,9 @@ def write_report(
         numbered += [tables.further_table(6 + place[d], records, d) for d in directions]
         numbered += [tables.tests_table(8 + place[d], d, baseline, tests[d]) for d in against if tests[d]]
     numbered = [table for table in numbered if table]
-    each = [tables.metrics_table(n, r, d) for n, r in records.items() for d in directions if d in r["directions"]]
+    scored = [(name, record, d) for name, record in records.items() for d in directions if d in record["directions"]]
+    each = [make(*which) for make in (tables.metrics_table, tables.categories_table) for which in scored]
+    each = [table for table in each if table]
     drawn = draw_figures(runs, directions)
     for name, _, png in drawn:
         write_whole(output / name, png)
@@ -189,6 +191,8 @@ def draw_figures(runs: list[Run], directions: list[str]) -> list[tuple[str, str,
             "Figure 1. Distributions over examples; triangles mark means. "
             "Length differences are prediction minus reference."
         )
+        if MOL2CAP in directions and not any("nli_entailment" in run.scores.get(MOL2CAP, {}) for run in runs):
+            caption += " Entailment needs --nli_model."
         drawn.append(("figure1_distributions.png", caption, figures.distributions(panels)))
     panels, measures = [], []
     for direction in directions:

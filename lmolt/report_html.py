@@ -19,7 +19,9 @@ def render(title: str, records: dict, numbered: list[Table], each: list[Table], 
     """The page. What came from a user is escaped: as HTML, or as JSON that the script shows as text."""
     systems = ", ".join(f"{name} ({record.get('created', 'no date')[:10]})" for name, record in records.items())
     whole = "".join(_table(table, folded=len(table.rows) > MOST_OPEN) for table in numbered)
-    own = "".join(map(_table, each))
+    own = "".join(
+        _table(table, folded=len(table.rows) > MOST_OPEN and "Convention" not in table.columns) for table in each
+    )
     if len(records) > 1:
         summary = "Every metric of each system, with its interval and convention"
         own = f"<details class=card><summary>{summary}</summary>{own}</details>"

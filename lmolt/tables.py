@@ -72,9 +72,12 @@ def shown(value: float, decimals: int) -> str:
 
 
 def metrics_table(name: str, record: dict, direction: str) -> Table:
-    """One system's every metric: value, interval, n, convention; absent ones with their reason."""
+    """One system's every metric: value, interval, n, convention; the paper's first, absent ones with their reason."""
     part, rows = record["directions"][direction], []
-    for key, entry in part["metrics"].items():
+    keys = [k for k in MEASURES[direction] if k in part["metrics"]]
+    keys += [k for k in part["metrics"] if k not in MEASURES[direction] and "/" not in k]
+    for key in keys:
+        entry = part["metrics"][key]
         label, _, decimals = MEASURES[direction].get(key, (key, 1, 3))
         label = label if label == key else f"{label} ({key})"
         if "absent" in entry:
@@ -83,13 +86,32 @@ def metrics_table(name: str, record: dict, direction: str) -> Table:
         interval, convention = entry.get("ci95"), entry["convention"]
         span = f"{shown(interval[0], decimals)} to {shown(interval[1], decimals)}" if interval else "–"
         if not interval:
-            convention += f" No interval: {entry.get('ci95_absent', 'not computed')}."
+            convention += f"; no interval: {entry.get('ci95_absent', 'not computed')}"
         value, n = Cell(shown(entry["value"], decimals), value=entry["value"]), Cell(str(entry["n"]), value=entry["n"])
         rows.append([Cell(label), value, Cell(span), n, Cell(convention)])
     counted = [f"{count} {cause.replace('_', ' ')}" for cause, count in part["counts"].items() if count]
     note = f"{part['n']} examples; counted: {', '.join(counted) or 'nothing out of the ordinary'}."
     columns = ["Metric", "Value", "95 % interval", "n", "Convention"]
     return Table(f"metrics_{direction}", f"{DIRECTION_NAMES[direction]}: {name}", columns, rows, note)
+
+
+def categories_table(name: str, record: dict, direction: str) -> Table | None:
+    """Metrics that are per category (their keys read METRIC/CATEGORY), a category a row; None where there are none."""
+    metrics = {key.split("/", 1)[0]: {} for key in record["directions"][direction]["metrics"] if "/" in key}
+    for key, entry in record["directions"][direction]["metrics"].items():
+        if "/" in key and "value" in entry:
+            metric, category = key.split("/", 1)
+            metrics[metric][category] = entry
+    rows = []
+    for category in dict.fromkeys(category for found in metrics.values() for category in found):
+        cells = [found.get(category) for found in metrics.values()]
+        spans = [f"[{shown(e['ci95'][0], 3)}, {shown(e['ci95'][1], 3)}]" if e and e.get("ci95") else "" for e in cells]
+        values = [
+            Cell(shown(e["value"], 3), s, e["value"]) if e else Cell("–") for e, s in zip(cells, spans, strict=True)
+        ]
+        rows.append([Cell(category), *values])
+    title = f"{DIRECTION_NAMES[direction]} by category: {name}"
+    return Table(f"categories_{direction}", title, ["Category", *metrics], rows) if rows else None
 
 
 def without_conventions(table: Table) -> Table:
@@ -135,7 +157,7 @@ def results_table(
     else:
         note += f" In parentheses: difference from {baseline}"
         note += "; † p < 0.05, paired bootstrap, Holm-corrected." if tests else "."
-    if any("not comparable" in entry(name, key).get("convention", "") for name in parts for key in kept):
+    if any("NOT comparable" in entry(name, key).get("convention", "") for name in parts for key in kept):
         note += " Some numbers are not comparable with published ones: see the conventions."
     if missing := [key for key in MEASURES[direction] if key not in kept]:
         reasons = {key: entry(next(iter(parts)), key)["absent"] for key in missing}
@@ -157,7 +179,11 @@ def _best(entries: dict[str, dict], better: int, decimals: int) -> set[str]:
 def further_table(number: int, records: dict[str, dict], direction: str) -> Table | None:
     """Metrics beyond the paper's, one a row, a system a column; None where there are none."""
     parts = {name: r["directions"][direction]["metrics"] for name, r in records.items() if direction in r["directions"]}
-    keys = [k for k in dict.fromkeys(k for part in parts.values() for k in part) if k not in MEASURES[direction]]
+    keys = [
+        k
+        for k in dict.fromkeys(k for part in parts.values() for k in part)
+        if k not in MEASURES[direction] and "/" not in k
+    ]
     entries = {key: [part.get(key, {}) for part in parts.values()] for key in keys}
     cell = lambda e: Cell(shown(e["value"], 3), value=e["value"]) if "value" in e else Cell("–")
     rows = [[Cell(key), *map(cell, found)] for key, found in entries.items() if any("value" in e for e in found)]

@@ -190,7 +190,8 @@ def evaluate(args: argparse.Namespace) -> None:
                 seed=args.seed,
             )
         except ValueError as error:  # such as a reference that is no molecule: say which file it is in
-            raise ValueError(f"{args.pairs or ', '.join(map(str, args.predictions))}: {error}") from error
+            files = dict(zip(args.direction or (), args.predictions or (), strict=True))
+            raise ValueError(f"{args.pairs or files[direction]}, {direction} {error}") from error
         parts[direction] = {"n": len(mine), "counts": counts[direction] | part["counts"], "metrics": part["metrics"]}
         columns = {key: values.tolist() for key, values in per_example.items()}
         for i, row in enumerate(mine):

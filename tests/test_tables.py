@@ -54,13 +54,13 @@ def test_one_system_says_interval_n_convention_and_why_something_is_absent():
         "ci95": None,
         "ci95_absent": "one row",
         "n": 1,
-        "convention": "DeBERTa.",
+        "convention": "DeBERTa",
     }
     table = tables.metrics_table("s", record(MOL2CAP, metrics, {"empty_prediction": 3, "blank_line": 0}), MOL2CAP)
     assert texts(table) == [
         ["BLEU-2 (bleu2)", "0.500", "0.490 to 0.510", "10", "NLTK"],
         ["METEOR (meteor)", "absent", "", "", "no WordNet"],
-        ["Entailment (nli_entailment)", "0.250", "–", "1", "DeBERTa. No interval: one row."],
+        ["Entailment (nli_entailment)", "0.250", "–", "1", "DeBERTa; no interval: one row"],
     ]
     assert table.note == "10 examples; counted: 3 empty prediction."
     screen = tables.without_conventions(table)
