@@ -1,0 +1,311 @@
+"""The embedded default: real molecules, captions made for them, and small stand-ins for the paper's models.
+
+    python -m lmolt.demo
+
+Nothing is downloaded. The molecules are 4,999 of the NCI's, which come with RDKit; lmolt/demo_captions.py says in words
+what RDKit computes about them. The models are trained from scratch on the training split: two Llamas, one a
+direction, for the two unidirectional Meditrons, and a T5 a direction for MolT5, whose outputs become the
+dis-preferred ones. All is written to runs/demo, each file and folder whole, and what is there is kept:
+
+    pairs.parquet -> models/tokenizer -> models/{cap2mol, mol2cap, t5_mol2cap, t5_cap2mol} -> triples.parquet
+"""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from lmolt.pairs import read_table, scaffold_split, write_table
+from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP, TEMPLATES, build_prompt, encode_output, encode_prompt
+
+ROOT = Path(__file__).resolve().parents[1] / "runs" / "demo"
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SPLITS = {"train": 0.88, "validation": 0.04, "test": 0.08}
+COLUMNS = {MOL2CAP: ("molecule", "caption"), CAP2MOL: ("caption", "molecule")}  # source, target
+SEED = 0
+
+
+class Scale(NamedTuple):
+    """How much of everything. "tiny" runs the same code in seconds, for tests, and learns next to nothing."""
+
+    molecules: int | None  # the first so many, or all
+    hidden: int  # a multiple of 64, which NF4's blocks need
+    llama_layers: int
+    llama_epochs: int
+    t5_layers: int
+    t5_epochs: int
+    triples: float  # share of the training pairs
+
+
+SCALES = {"full": Scale(None, 128, 4, 4, 2, 3, 0.3), "tiny": Scale(200, 64, 1, 1, 1, 1, 0.5)}
+VOCABULARY = 1024
+TOKENS_PER_BATCH = 800
+
+
+# --- pairs
+
+
+def pairs(root: Path = ROOT, scale: str = "full") -> list[dict]:
+    """Rows `id, molecule, caption, split`, split by Bemis-Murcko scaffold; made on the first call."""
+    path = root / "pairs.parquet"
+    if not path.exists():
+        write_table(_make_pairs(SCALES[scale].molecules), path)
+        print(f"wrote {path}")
+    return read_table(path)
+
+
+def _make_pairs(most: int | None) -> list[dict]:
+    from rdkit import Chem, RDConfig, rdBase
+    from tqdm import tqdm
+
+    from lmolt.demo_captions import caption
+
+    source = Path(RDConfig.RDDataDir) / "NCI" / "first_5K.smi"
+    lines = source.read_text().splitlines()[:most]
+    unique: dict[str, dict] = {}
+    invalid, duplicates = [], 0
+    with rdBase.BlockLogs():
+        for line in tqdm(lines, desc=f"captions for {source.name}", mininterval=1):
+            smiles, name = line.split("\t")
+            molecule = Chem.MolFromSmiles(smiles)
+            if molecule is None:
+                invalid.append(f"{name}: {smiles}")
+                continue
+            canonical = Chem.MolToSmiles(molecule)
+            if canonical in unique:
+                duplicates += 1
+                continue
+            text = caption(Chem.MolFromSmiles(canonical), SEED)  # of the SMILES that the pair has
+            unique[canonical] = {"id": f"nci{name}", "molecule": canonical, "caption": text}
+    parts = dict(zip(SPLITS, scaffold_split(list(unique.values()), list(SPLITS.values()), SEED), strict=True))
+    print(f"{source.name}: {len(lines)} molecules, {duplicates} duplicates, {len(invalid)} that RDKit can't parse:")
+    for row in invalid:
+        print(f"  {row}")
+    print(f"{len(unique)} pairs: " + ", ".join(f"{len(part)} {split}" for split, part in parts.items()))
+    split_of = {pair["id"]: split for split, part in parts.items() for pair in part}
+    return [pair | {"split": split_of[pair["id"]]} for pair in unique.values()]
+
+
+# --- models
+
+
+def build_models(root: Path = ROOT, scale: str = "full") -> None:
+    """Train what `root`/models lacks of the tokenizer, a Llama a direction and a T5 a direction."""
+    models, finished = root / "models", root / "models" / "finished"
+    if finished.exists():
+        return
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    size, train = SCALES[scale], [pair for pair in pairs(root, scale) if pair["split"] == "train"]
+    if not (models / "tokenizer").exists():
+        _save_whole(models / "tokenizer", _train_tokenizer(train))
+    tokenizer = AutoTokenizer.from_pretrained(models / "tokenizer")
+    for train_model, prefix in ((_train_llama, ""), (_train_t5, "t5_")):
+        for direction in DIRECTIONS:
+            folder = models / f"{prefix}{direction}"
+            if not folder.exists():
+                print(f"trains {folder} on {len(train)} pairs")
+                _save_whole(folder, tokenizer, train_model(train, direction, tokenizer, size))
+    finished.touch()
+
+
+def _save_whole(folder: Path, *parts) -> None:
+    """Save a tokenizer and a model to a sibling that becomes `folder`: a finished folder or none."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    for part in parts:
+        part.save_pretrained(partial)
+    partial.rename(folder)
+    print(f"wrote {folder}")
+
+
+def _train_tokenizer(train: list[dict]):
+    """Byte-level BPE over captions, SMILES and the prompts.
+
+    A run of lower-case words may merge into one token, unlike in most tokenizers: captions are a third shorter, and a
+    model this small learns phrases and not spelling.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = r" ?[A-Z]?[a-z]+(?: [a-z'-]+)+| ?[A-Za-z]+|\d+|[^A-Za-z0-9]"
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pieces), "isolated"), byte_level])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # so that any text can be encoded
+        show_progress=False,
+    )
+    texts = [text for pair in train for text in (pair["caption"], pair["molecule"])]
+    bpe.train_from_iterator(texts + 50 * list(TEMPLATES.values()), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def _train_llama(train: list[dict], direction: str, tokenizer, size: Scale):
+    """A causal LM of the paper's prompts; both directions start from the same random weights, so that they merge."""
+    import torch
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(SEED)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=size.hidden,
+            intermediate_size=2 * size.hidden,
+            num_hidden_layers=size.llama_layers,
+            num_attention_heads=size.hidden // 64,
+            num_key_value_heads=size.hidden // 64,
+            max_position_embeddings=1024,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    source, target = COLUMNS[direction]
+    prompts = [encode_prompt(tokenizer, build_prompt(direction, pair[source])) for pair in train]
+    instruction = os.path.commonprefix(prompts)
+    rows = [
+        (prompt[len(instruction) :], encode_output(tokenizer, pair[target]))
+        for prompt, pair in zip(prompts, train, strict=True)
+    ]
+
+    def loss(batch):
+        ids, scored = _pad([s + t for s, t in batch]), _pad([[0] * len(s) + [1] * len(t) for s, t in batch])
+        cache = DynamicCache()  # the instruction is computed once for the batch, with its gradient
+        model.model(torch.tensor([instruction]), past_key_values=cache)
+        cache.batch_repeat_interleave(len(batch))
+        hidden = model.model(ids, past_key_values=cache).last_hidden_state  # (B, T, H)
+        scored = scored[:, 1:].bool()  # position t predicts token t + 1
+        return torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][scored]), ids[:, 1:][scored])
+
+    _optimise(model, rows, loss, size.llama_epochs, f"Llama {direction}")
+    return model
+
+
+def _train_t5(train: list[dict], direction: str, tokenizer, size: Scale):
+    """An encoder-decoder from the bare source to the target; as a baseline, trained less than it could be."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(SEED)
+    model = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=size.hidden,
+            d_kv=64,
+            d_ff=2 * size.hidden,
+            num_layers=size.t5_layers,
+            num_heads=size.hidden // 64,
+            dropout_rate=0.0,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            decoder_start_token_id=tokenizer.pad_token_id,
+        )
+    )
+    source, target = COLUMNS[direction]
+    rows = [(tokenizer(pair[source])["input_ids"], encode_output(tokenizer, pair[target])) for pair in train]
+
+    def loss(batch):
+        ids, mask = _pad([s for s, _ in batch]), _pad([[1] * len(s) for s, _ in batch])
+        return model(input_ids=ids, attention_mask=mask, labels=_pad([t for _, t in batch], -100)).loss
+
+    _optimise(model, rows, loss, size.t5_epochs, f"T5 {direction}")
+    return model
+
+
+def _pad(rows: list[list[int]], fill: int = 0):
+    """Right-padded (B, T)."""
+    import torch
+
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
+
+
+def _optimise(model, rows: list[tuple[list[int], list[int]]], loss, epochs: int, description: str) -> None:
+    """Minimise `loss(batch)` over (source ids, target ids): Muon for the linear layers, AdamW for the rest.
+
+    Muon (Jordan et al. 2024) learns to read the source in half of the steps that AdamW needs here.
+    """
+    import torch
+    from tqdm import tqdm
+
+    draw = random.Random(SEED)
+    steps = [batch for _ in range(epochs) for batch in _batches(rows, draw)]
+    layers = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+    matrices = {id(layer.weight) for layer in layers}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in matrices]
+    optimizers = [
+        torch.optim.Muon([layer.weight for layer in layers], lr=0.02, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.05),
+    ]
+    # up over the first 5 % of the steps, down over the last 60 %
+    rate = lambda step: min(1.0, (step + 1) / (0.05 * len(steps)), (len(steps) - step) / (0.6 * len(steps)))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    model.train()
+    with tqdm(steps, desc=description, mininterval=1) as progress:
+        for batch in progress:
+            value = loss(batch)
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+            progress.set_postfix(loss=f"{value.item():.2f}", refresh=False)
+    model.eval()
+
+
+def _batches(rows: list[tuple[list[int], list[int]]], draw: random.Random) -> list[list]:
+    """One epoch in batches of rows of like length, `TOKENS_PER_BATCH` with the padding, in random order."""
+    length = lambda row: len(row[0]) + len(row[1])
+    order = draw.sample(rows, len(rows))
+    batches = []
+    for start in range(0, len(order), 1024):
+        batch: list = []
+        for row in sorted(order[start : start + 1024], key=length):
+            if batch and length(row) * (len(batch) + 1) > TOKENS_PER_BATCH:
+                batches.append(batch)
+                batch = []
+            batch.append(row)
+        batches.append(batch)
+    draw.shuffle(batches)
+    return batches
+
+
+# --- triples, and everything
+
+
+def build_triples(root: Path = ROOT, scale: str = "full") -> None:
+    """Run scripts/make_triples.py on the pairs and the T5s, unless `root` has triples; it prints and resumes itself."""
+    output, models = root / "triples.parquet", root / "models"
+    if output.exists():
+        return
+    arguments = {
+        "--pairs": root / "pairs.parquet",
+        "--fraction": SCALES[scale].triples,
+        "--max_new_tokens": 128,
+        "--mol2cap_model": models / "t5_mol2cap",
+        "--cap2mol_model": models / "t5_cap2mol",
+        "--output": output,
+    }
+    command = [sys.executable, SCRIPTS / "make_triples.py", *(part for item in arguments.items() for part in item)]
+    subprocess.run([str(part) for part in command], check=True)
+
+
+def prepare(root: Path = ROOT, scale: str = "full") -> None:
+    """Make what `root` lacks of pairs, models and triples."""
+    pairs(root, scale)
+    build_models(root, scale)
+    build_triples(root, scale)
+
+
+if __name__ == "__main__":
+    try:
+        build_models()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the models that are finished are kept, and the same command goes on")
