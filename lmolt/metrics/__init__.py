@@ -113,14 +113,11 @@ def statistics_of(direction: str, per_example: dict) -> dict[str, tuple]:
     """The statistics (columns and a function of their sums, see statistics.py) that per-example columns define."""
     columns = {key: np.asarray(values, float) for key, values in per_example.items()}
     found = {}
-    for key, name, order in (("bleu2", "bleu", 2), ("bleu4", "bleu", 4), ("bleu", "bleu", 4)) + (
-        ("bleu_undoubled", "bleu_undoubled", 4),
-    ):
-        needed = [f"stat_{name}_{column}" for column in caption.BLEU_COLUMNS]
-        if needed[0] in columns and (key == name or direction == MOL2CAP) and (key, direction) != ("bleu", MOL2CAP):
-            value = lambda sums, order=order: caption.bleu_of_sums(sums, order)
-            shared = found["bleu2"][0] if key == "bleu4" else np.stack([columns[c] for c in needed], 1)
-            found[key] = (shared, value)
+    for name in ("bleu", "bleu_undoubled"):
+        if f"stat_{name}_match_1" in columns:
+            shared = np.stack([columns[f"stat_{name}_{column}"] for column in caption.BLEU_COLUMNS], 1)
+            for key, order in (("bleu2", 2), ("bleu4", 4)) if direction == MOL2CAP else ((name, 4),):
+                found[key] = shared, lambda sums, order=order: caption.bleu_of_sums(sums, order)
     found |= {key: statistics.mean(columns[key]) for key in _MEANS[direction] if key in columns}
     found |= {f"{k}_invalid0": statistics.mean(np.nan_to_num(columns[k])) for k in _FINGERPRINTS if k in columns}
     if "stat_combination_tp" in columns:
@@ -227,8 +224,8 @@ def _molecules(references, predictions, counts: dict, chrf_threshold, delta_thre
     for row, smiles in enumerate(references, 1):
         if not formula[smiles]:
             raise ValueError(
-                f"row {row}: the reference {smiles[:100]!r} is not a molecule RDKit can read; references are your data, "
-                "so correct or remove that row"
+                f"row {row}: the reference {smiles[:100]!r} is not a molecule RDKit can read; references are your "
+                "data, so correct or remove that row"
             )
     valid = np.array([bool(formula[p]) for p in predictions])
     counts["invalid_prediction"] = int((~valid).sum())
@@ -266,10 +263,10 @@ def _molecules(references, predictions, counts: dict, chrf_threshold, delta_thre
     conventions = {
         "bleu": f"NLTK corpus BLEU, weights 1/4 each, no smoothing; {as_is}",
         "bleu_undoubled": f"as bleu; {once}",
-        "exact_match": f"equal InChI, RDKit {version}; without InChI (`*`) only equal strings, and those with `*` never",
+        "exact_match": f"equal InChI, RDKit {version}; molecules with `*` have none and never match",
         "levenshtein": f"mean edit distance; {as_is}",
         "levenshtein_undoubled": f"mean edit distance; {once}",
-        "validity": f"RDKit {version} parses it; an empty output is invalid, as are over {molecule.MAX_CHARACTERS} characters",
+        "validity": f"RDKit {version} parses it; empty or over {molecule.MAX_CHARACTERS} characters is invalid",
         "chrf": f"mean of character F1 for n = 1, 2, 3; {as_is}",
         "chrf_undoubled": f"as chrf; {once}",
         "delta_len": f"prediction minus reference; {as_is}",

@@ -19,7 +19,7 @@ import numpy as np
 
 from lmolt.metrics.molecule import save_whole
 
-_SYMBOLS = "C N O H F Cl P B Br S I Si # ( ) + - 1 2 3 4 5 6 7 8 = [ ] @ c n o s X .".split()
+_SYMBOLS = re.findall("Cl|Br|Si|.", "CNOHFClPBBrSISi#()+-12345678=[]@cnosX.")  # in the order of ChemNet's inputs
 _NUMBER = {symbol: i for i, symbol in enumerate(_SYMBOLS)}
 _UNKNOWN = _NUMBER["X"]
 _PADDING = 350
@@ -48,7 +48,7 @@ def activations(smiles: list[str], convention: str) -> np.ndarray:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_ref_model().to(device)  # conv, SELU, conv, SELU, flip, LSTM, flip, LSTM
     convolutions, backward, forward = model[:7], model[8], model[11]
-    steps = -(-(-(-padding // 2)) // 2)
+    steps = -(-padding // 4)
     result = torch.empty(len(rows), 512)
     with torch.inference_mode():
         padded = _padding_states(backward, steps, device)

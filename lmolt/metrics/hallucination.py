@@ -112,8 +112,8 @@ GROUPS = {
 }
 # A caption says much about other molecules: what it derives from, what was condensed to make it.
 _OTHER_MOLECULES = re.compile(
-    r"(deriv\w+ (from|of)|functionally related to|conjugate (acid|base) of|enantiomer of|tautomer of|obtained (by|from)|"
-    r"resulting from|arising from|formal condensation|parent|in which|where)[^.]*"
+    r"(deriv\w+ (from|of)|functionally related to|conjugate (acid|base) of|enantiomer of|tautomer of|"
+    r"obtained (by|from)|resulting from|arising from|formal condensation|parent|in which|where)[^.]*"
 )
 
 

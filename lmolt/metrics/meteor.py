@@ -35,7 +35,8 @@ class WordNet:
                 read = lambda name, folder=folder: (folder / "wordnet" / name).read_bytes()
                 break
             if (folder / "wordnet.zip").is_file():
-                read = lambda name, archive=zipfile.ZipFile(folder / "wordnet.zip"): archive.read(f"wordnet/{name}")
+                archive = zipfile.ZipFile(folder / "wordnet.zip")
+                read = lambda name, archive=archive: archive.read(f"wordnet/{name}")
                 break
         else:
             raise FileNotFoundError(

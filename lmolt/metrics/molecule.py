@@ -128,28 +128,34 @@ def similarities(
     2. As MolT5's fingerprint_metrics.py, but equal SMILES score 1 also where their fingerprint is empty (methane's),
     which RDKit's Tanimoto calls 0.
     """
-    pairs = {p: None for p, ok in zip(zip(references, predictions, strict=True), valid, strict=True) if ok}
-    unequal = [p for p in pairs if p[0] != p[1]]
-    of = _cached_fingerprints([r for r, _ in unequal], [p for _, p in unequal], cache_dir, num_workers)
-    sides = [[of[pair[side]] for pair in unequal] for side in range(2)]
-    scores = np.ones((len(unequal), 3))
+    pairs = zip(references, predictions, valid, strict=True)
+    unequal = list(dict.fromkeys((r, p) for r, p, ok in pairs if ok and r != p))
+    wanted = references if cache_dir else [r for r, _ in unequal]  # a cache serves other systems' outputs too
+    of = _cached_fingerprints(wanted, [p for _, p in unequal], cache_dir, num_workers)
+    scores = _compare_fingerprints([of[r] for r, _ in unequal], [of[p] for _, p in unequal]) if unequal else ()
+    known = dict(zip(unequal, scores, strict=True))
+    table = np.full((len(references), 3), np.nan)
+    for i in np.flatnonzero(valid):
+        table[i] = known.get((references[i], predictions[i]), 1.0)
+    return {key: table[:, k] for k, key in enumerate(("maccs", "rdk", "morgan"))}
+
+
+def _compare_fingerprints(*sides: list) -> np.ndarray:
+    """Tanimoto of MACCS, RDK and Morgan, `(n, 3)`, of n >= 1 pairs of `_fingerprints`."""
+    n = len(sides[0])
+    scores = np.empty((n, 3))
     for k in range(2):
-        bits = [np.frombuffer(b"".join(f[k] for f in side), np.uint8).reshape(len(unequal), -1) for side in sides]
+        bits = [np.frombuffer(b"".join(f[k] for f in side), np.uint8).reshape(n, -1) for side in sides]
         shared = np.bitwise_count(bits[0] & bits[1]).sum(1).astype(float)
         scores[:, k] = _tanimoto(shared, *(np.bitwise_count(b).sum(1) for b in bits))
     counted, sums = [], []
     for side in sides:
         morgan = np.frombuffer(b"".join(f[2] for f in side), np.int64).reshape(-1, 2)
-        rows = np.repeat(np.arange(len(side)), [len(f[2]) // 16 for f in side])
+        rows = np.repeat(np.arange(n), [len(f[2]) // 16 for f in side])
         counted += [rows, morgan[:, 0], morgan[:, 1]]
-        sums.append(np.bincount(rows, weights=morgan[:, 1], minlength=len(side)))
-    if unequal:
-        scores[:, 2] = _tanimoto(ngrams.shared_counts(*counted, len(unequal)), *sums)
-    pairs |= dict(zip(unequal, scores, strict=True))
-    nothing = np.full(3, np.nan)
-    rows = zip(references, predictions, valid, strict=True)
-    table = np.array([nothing if not ok else np.ones(3) if r == p else pairs[r, p] for r, p, ok in rows])
-    return {key: table[:, k] for k, key in enumerate(("maccs", "rdk", "morgan"))}
+        sums.append(np.bincount(rows, morgan[:, 1], n))
+    scores[:, 2] = _tanimoto(ngrams.shared_counts(*counted, n), *sums)
+    return scores
 
 
 def _tanimoto(shared, a, b) -> np.ndarray:

@@ -33,7 +33,7 @@ def shared_counts(rows_a, keys_a, counts_a, rows_b, keys_b, counts_b, n: int) ->
     order = np.argsort(keys * n + rows, kind="stable")
     rows, keys, counts = rows[order], keys[order], counts[order]
     twins = np.flatnonzero((keys[1:] == keys[:-1]) & (rows[1:] == rows[:-1]))
-    return np.bincount(rows[twins], weights=np.minimum(counts[twins], counts[twins + 1]), minlength=n)
+    return np.bincount(rows[twins], np.minimum(counts[twins], counts[twins + 1]), n).astype(float)
 
 
 def overlap(references: tuple, predictions: tuple, max_order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

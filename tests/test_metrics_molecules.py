@@ -1,0 +1,155 @@
+"""Molecule metrics against RDKit, NLTK and fcd called plainly, and against the official scripts' numbers."""
+
+import json
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rdkit import Chem, DataStructs
+from rdkit.Chem import AllChem, MACCSkeys
+
+from lmolt.metrics import compare, fcd, molecule, score
+from lmolt.metrics.hallucination import chrf
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+REFERENCES = ["CCO", "C[C@H](N)C(=O)O", "c1ccccc1C", "CC(C)C", "C/C=C\\C", "C1CCCCC1O"]
+PREDICTIONS = ["OCC", "C[C@@H](N)C(=O)O", "c1ccccc1", "C(", "", "C1CCCCC1N"]
+
+
+@pytest.mark.skipif(not (SHARED / "lpm24").is_dir(), reason="needs shared/data/lpm24 beside the checkout")
+def test_official_scores_of_real_molecules(tmp_path):
+    expected = json.loads((SHARED / "lpm24/example_scores.json").read_text())["cap2mol_example.tsv"]
+    lines = (SHARED / "lpm24/cap2mol_example.tsv").read_text(encoding="utf-8").split("\n")[1:]
+    columns = list(map(list, zip(*(line.split("\t") for line in lines if line), strict=True)))
+    first, per_example = score("cap2mol", *columns, cache_dir=tmp_path, num_workers=2)
+    found = first["metrics"]
+    names = {"exact": "exact_match", "fcd_1_2_2": "fcd"}
+    for key, value in expected.items():
+        tolerance = 1e-3 if key == "fcd_1_2_2" else 1e-6
+        assert found[names.get(key, key)]["value"] == pytest.approx(value, abs=tolerance), key
+    assert first["counts"]["invalid_prediction"] == 26 and found["maccs"]["n"] == 174
+    assert found["validity"]["ci95"][0] < 0.87 < found["validity"]["ci95"][1]
+    assert found["fcd"]["ci95"] is None and "resample" in found["fcd"]["ci95_absent"]
+    assert found["fcd_1_1"]["value"] != found["fcd"]["value"]
+    cached, _ = score("cap2mol", *columns, cache_dir=tmp_path, num_workers=1)
+    assert cached == first and len(list(tmp_path.iterdir())) == 3
+
+
+def test_small_set_by_hand():
+    result, per_example = score("cap2mol", [""] * 6, REFERENCES, PREDICTIONS, fcd=False)
+    found = result["metrics"]
+    assert result["counts"] | {"empty_prediction": 1, "invalid_prediction": 2} == result["counts"]
+    assert per_example["exact_match"].tolist() == [1, 0, 0, 0, 0, 0]
+    assert per_example["canonical_match_no_stereo"].tolist() == [1, 1, 0, 0, 0, 0]
+    assert per_example["validity"].tolist() == [1, 1, 1, 0, 0, 1]
+    assert per_example["levenshtein"].tolist() == [2, 1, 1, 4, 7, 1]
+    assert per_example["delta_len"].tolist() == [0, 1, -1, -4, -7, 0]
+    assert per_example["scaffold_match"][[2, 5]].tolist() == [1, 1] and found["scaffold_match"]["n"] == 2
+    assert found["maccs_invalid0"]["value"] == pytest.approx(found["maccs"]["value"] * 4 / 6)
+    assert found["fcd"] == {"absent": "not asked for"}
+    strict = score("cap2mol", [""] * 6, REFERENCES, PREDICTIONS, fcd=False, delta_threshold=1, chrf_threshold=0.9)[1]
+    assert strict["win_rate"].sum() == 0 and per_example["win_rate"].tolist() == [1, 1, 1, 0, 0, 1]
+
+
+def test_fingerprints_equal_rdkit():
+    valid = np.array([True, True, True, False, False, True])
+    found = molecule.similarities(REFERENCES, PREDICTIONS, valid)
+    old_morgan = lambda m: AllChem.GetMorganFingerprint(m, 2)
+    kinds = {"maccs": MACCSkeys.GenMACCSKeys, "rdk": Chem.RDKFingerprint, "morgan": old_morgan}
+    for key, fingerprint in kinds.items():
+        for i in np.flatnonzero(valid):
+            ours, theirs = (fingerprint(Chem.MolFromSmiles(s[i])) for s in (REFERENCES, PREDICTIONS))
+            assert found[key][i] == pytest.approx(DataStructs.TanimotoSimilarity(ours, theirs), abs=1e-12)
+        assert np.isnan(found[key][~valid]).all()
+
+
+def test_chrf_equals_nltk():
+    from nltk.translate.chrf_score import sentence_chrf
+
+    pairs = [("CCO", "OCC"), ("C", "C"), ("CC", ""), ("C C O", "CCO"), ("c1ccccc1", "c1ccccc1Cl")]
+    expected = [sentence_chrf(a, b, min_len=1, max_len=3, beta=1.0) for a, b in pairs]
+    assert chrf(*map(list, zip(*pairs, strict=True))) == pytest.approx(expected, abs=1e-12)
+
+
+def test_traps():
+    # The same dummy atoms say nothing; an empty fingerprint (methane) equals itself; doubled backslashes are one bond.
+    references, predictions = ["*CC", "C", r"C/C=C\\C"], ["*CC", "C", r"C/C=C\C"]
+    result, per_example = score("cap2mol", [""] * 3, references, predictions, fcd=False)
+    found = result["metrics"]
+    assert per_example["exact_match"].tolist() == [0, 1, 1]
+    assert per_example["rdk"].tolist() == [1, 1, 1]
+    assert result["counts"]["doubled_backslash_reference"] == 1
+    assert found["levenshtein"]["value"] == pytest.approx(1 / 3) and found["levenshtein_undoubled"]["value"] == 0
+    assert found["bleu"]["value"] < found["bleu_undoubled"]["value"]
+
+
+@pytest.mark.parametrize("predictions", [["CCO"], [""], ["C("], ["C" * 10_000_000], [float("nan")]])
+def test_one_row(predictions):
+    found = score("cap2mol", [""], ["CCO"], predictions, n_bootstrap=20)[0]["metrics"]
+    valid = predictions == ["CCO"]
+    assert found["validity"]["value"] == valid
+    assert "needs two valid molecules" in found["fcd"]["absent"]
+    assert found["maccs"] == {"absent": "no prediction is valid"} or valid
+
+
+def test_all_invalid_identical_and_bad_references():
+    found = score("cap2mol", [""] * 6, REFERENCES, ["C("] * 6, n_bootstrap=20)[0]["metrics"]
+    assert found["validity"]["value"] == 0 and found["morgan_invalid0"]["value"] == 0
+    assert all("absent" in found[key] for key in ("maccs", "rdk", "morgan", "fcd", "uniqueness"))
+    found = score("cap2mol", [""] * 6, REFERENCES, REFERENCES, n_bootstrap=20)[0]["metrics"]
+    for key in ("exact_match", "maccs", "rdk", "morgan", "chrf", "win_rate", "scaffold_match"):
+        assert found[key]["value"] == pytest.approx(1) and found[key]["ci95"] == pytest.approx([1, 1])
+    assert found["fcd"]["value"] == pytest.approx(0, abs=1e-4)
+    with pytest.raises(ValueError, match=r"row 2: the reference 'C\(' is not a molecule RDKit can read"):
+        score("cap2mol", [""] * 2, ["C", "C("], ["C", "C"])
+
+
+def test_activations_and_distance_equal_fcd(monkeypatch):
+    from fcd import calculate_frechet_distance, get_predictions, load_ref_model
+
+    chains = ["C" * n for n in (1, 2, 5, 40, 349, 400)] + ["ClCCBr", "[Si](C)C", "c1ccccc1.[Na+]", "CCO", "CCO"]
+    monkeypatch.setattr(fcd, "_BATCH", 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fcd's advice about padding
+        expected = get_predictions(load_ref_model(), chains, n_jobs=0)
+        short = get_predictions(load_ref_model(), [s.partition(".")[0][:349] for s in chains], n_jobs=0)
+    found = fcd.activations(chains, "1.2.2")
+    assert np.abs(found - expected).max() < 1e-5
+    assert np.abs(fcd.activations(chains, "1.1") - short).max() < 1e-5
+    rng = np.random.default_rng(0)
+    sides = [rng.normal(size=(900, 512)) * rng.uniform(0.1, 1, 512) + m for m in (0, 0.1)]
+    fits = [(x.mean(0), np.cov(x.T)) for x in sides]
+    expected = calculate_frechet_distance(fits[0][0], fits[0][1], fits[1][0], fits[1][1])
+    assert fcd.frechet(*fits) == pytest.approx(expected, rel=1e-6)
+    assert math.isnan(fcd.distance(["C"], ["C", "CC"], "1.1"))
+
+
+def test_pool_equals_one_process():
+    smiles = ["C" * n + tail for n in range(1, 70) for tail in ("O", "N", "(", "[Na+].[Cl-]")]
+    assert molecule.formulas(smiles, 2) == molecule.formulas(smiles, 1)
+
+
+def test_compare_needs_no_sources():
+    good = score("cap2mol", [""] * 6, REFERENCES, REFERENCES, fcd=False)[1]
+    poor = score("cap2mol", [""] * 6, REFERENCES, PREDICTIONS, fcd=False)[1]
+    found = compare("cap2mol", good, poor)
+    assert found["validity"]["difference"] == pytest.approx(2 / 6) and found["bleu"]["difference"] > 0
+    assert {"maccs", "maccs_invalid0", "win_rate", "uniqueness"} <= found.keys()
+
+
+def test_evaluate_load(monkeypatch, tmp_path):
+    import evaluate
+
+    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "modules")
+    root = Path(__file__).parents[1] / "metrics"
+    molecules = evaluate.load(str(root / "molecules"), cache_dir=str(tmp_path))
+    assert isinstance(molecules, evaluate.Metric) and "Chr-F" in molecules.description
+    found = molecules.compute(predictions=PREDICTIONS, references=REFERENCES, fcd=False, n_bootstrap=20)
+    assert found["exact_match"] == pytest.approx(1 / 6) and found["details"]["counts"]["empty_prediction"] == 1
+    captions = evaluate.load(str(root / "captions"), cache_dir=str(tmp_path))
+    found = captions.compute(predictions=["It is an acid."], references=["It is an amine."], n_bootstrap=20)
+    assert found["rouge1"] == 0.75 and "absent" in found["details"]["metrics"]["nli_entailment"]
+    found = captions.compute(predictions=["an ester"], references=["an ester"], sources=["CC"], n_bootstrap=20)
+    assert found["group_hallucination"] == 1
