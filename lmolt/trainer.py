@@ -3,13 +3,14 @@
 import json
 import logging
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
@@ -25,7 +26,7 @@ from lmolt.batches import (
 )
 from lmolt.card import write_card
 from lmolt.models import check_saved_adapter
-from lmolt.monitor import Efficiency, Statistics, plot_run, translation_scores
+from lmolt.monitor import Efficiency, OneLine, Statistics, plot_run, translation_scores
 from lmolt.tree import build_tree, padded_logps, tree_logps
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,8 @@ class PreferenceArguments(TrainingArguments):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
         self.output_dir = self.output_dir or f"runs/{self.loss}"
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False  # nothing would say which is the best
         super().__post_init__()
         self.label_names = []  # the loss is computed from trees, not from labels
 
@@ -137,6 +140,9 @@ class PreferenceTrainer(Trainer):
             eval_dataset=Triples(evaluation) if evaluation else None,
             **kwargs,
         )
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(OneLine)
         self.loss_is_scaled_for_ga = True
         self.efficiency = Efficiency(model)
         self.statistics = Statistics(args)
@@ -341,6 +347,7 @@ class PreferenceTrainer(Trainer):
         plot_run(self.state.log_history, staging / "training.png")
         write_card(staging, output_dir, run)
         for file in sorted(staging.iterdir(), key=lambda file: file.name == "adapter_model.safetensors"):
+            file.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
             file.replace(output_dir / file.name)
         staging.rmdir()
 
@@ -377,3 +384,9 @@ class PreferenceTrainer(Trainer):
 
 def _outputs(example: Example) -> tuple[list[int], list[int], list[int]]:
     return example.chosen, example.rejected, example.mismatched
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # there is no way to read it but to set it
+    os.umask(mask)
+    return mask

@@ -1,8 +1,8 @@
 """Align a causal LM with preference triples: SFT, DPO, CPO or KTO, with QLoRA.
 
     accelerate launch scripts/train_pref.py --loss cpo
-    accelerate launch scripts/train_pref.py --loss dpo --model FOLDER_OR_HUB_ID --triples triples.parquet --output_dir runs/dpo
-    accelerate launch scripts/train_pref.py --recipe recipes/demo.yaml --output_dir runs/mine --resume_from_checkpoint true
+    accelerate launch scripts/train_pref.py --loss dpo --model FOLDER_OR_HUB_ID --triples triples.parquet
+    accelerate launch scripts/train_pref.py --loss cpo --resume_from_checkpoint true
 
 Without --model, --triples and --recipe it trains on the embedded default, building what that lacks.
 Every flag of transformers.TrainingArguments works; --recipe FILE.yaml sets defaults and flags win.
@@ -92,6 +92,7 @@ def main(argv: list[str]) -> None:
             demo.prepare()
 
     # --- triples -> token ids
+    models.check_model_folder(args.model)
     tokenizer = models.load_tokenizer(args.model, args.revision, args.trust_remote_code)
     train = read_triples(args.triples)
     if args.eval_triples:
@@ -169,7 +170,7 @@ if __name__ == "__main__":
     hf_logging.set_verbosity_warning()
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -52,7 +52,9 @@ def make_trainer(folder, triples, output_dir, **overrides) -> PreferenceTrainer:
 
 def step_gradient(trainer) -> torch.Tensor:
     """The gradient of one optimizer step, as Trainer's loop accumulates it."""
-    micro, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), trainer.args.gradient_accumulation_steps, "cpu")
+    micro, _ = trainer.get_batch_samples(
+        iter(trainer.get_train_dataloader()), trainer.args.gradient_accumulation_steps, "cpu"
+    )
     normalisers = trainer._normalisers(micro)
     trainer.model.train()
     for batch in micro:
@@ -84,7 +86,13 @@ def test_token_budget_and_padded_rows_give_the_same_gradient(loss, tiny_policy, 
         make_trainer(tiny_policy, few_triples, tmp_path, loss=loss, per_device_train_batch_size=8, packing="padded")
     )
     budget = make_trainer(
-        tiny_policy, few_triples, tmp_path, loss=loss, per_device_train_batch_size=8, tokens_per_batch=300, score_chunk=7
+        tiny_policy,
+        few_triples,
+        tmp_path,
+        loss=loss,
+        per_device_train_batch_size=8,
+        tokens_per_batch=300,
+        score_chunk=7,
     )
     assert budget.args.gradient_accumulation_steps > 1
     assert (step_gradient(budget) - plain).norm() <= 1e-5 * plain.norm()
@@ -138,7 +146,9 @@ def test_mismatched_partners_keep_direction_and_differ(tiny_policy, few_triples)
     tokenizer = models.load_tokenizer(str(tiny_policy))
     examples, _ = batches.encode_triples(few_triples, tokenizer, 512, "error")
     batches.assign_mismatches(examples, seed=1)
-    outputs = {d: [ids for e in examples if e.direction == d for ids in (e.chosen, e.rejected)] for d in ("mol2cap", "cap2mol")}
+    outputs = {
+        d: [ids for e in examples if e.direction == d for ids in (e.chosen, e.rejected)] for d in ("mol2cap", "cap2mol")
+    }
     for example in examples:
         assert example.mismatched in outputs[example.direction]
         assert example.mismatched not in (example.chosen, example.rejected)
@@ -210,3 +220,20 @@ def test_trains_evaluates_and_saves_an_adapter_that_peft_loads(tiny_policy, few_
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ids = torch.arange(3, 40)[None]
     assert torch.allclose(loaded(ids).logits, trainer.model.eval()(ids).logits, atol=1e-5)
+
+
+def test_evaluation_leaves_nf4_training_its_gradients(tiny_policy, few_triples, tmp_path):
+    """bitsandbytes repacks weights for a kernel without gradient in eval mode, on CPUs with AVX512-BF16."""
+    gradients = []
+    for evaluate_first in (False, True):
+        trainer = make_trainer(tiny_policy, few_triples, tmp_path, load_in_4bit=True, per_device_train_batch_size=8)
+        batch = list(trainer.get_train_dataloader())[0]
+        if evaluate_first:
+            trainer.model.eval()
+            with torch.no_grad():
+                trainer._logps(trainer.model, [(e.prompt, e.chosen) for e in batch.examples])
+            trainer.model.train()
+        trainer._packing_checked = True
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=trainer._normalisers([batch])).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]))
+    assert torch.equal(gradients[0], gradients[1])

@@ -1,0 +1,171 @@
+"""scripts/train_pref.py as a user runs it: losses, recipes, bad input, SIGKILL and resume, the reference's cache."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lmolt.resume import last_good_checkpoint, what_is_wrong, write_manifest
+from lmolt.triples import write_triples
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["--use_cpu", "true", "--bf16", "false", "--load_in_4bit", "false", "--gradient_accumulation_steps", "4"]
+
+
+def start(*arguments, **kwargs) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "scripts" / "train_pref.py", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **(pipes | kwargs))
+
+
+def run(*arguments) -> tuple[int, str, str]:
+    process = start(*arguments)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def triples_file(tmp_path, few_triples):
+    path = tmp_path / "triples.parquet"
+    write_triples(few_triples, path)
+    return path
+
+
+def test_qlora_run_leaves_everything_that_belongs_to_an_adapter(tmp_path, tiny_policy, triples_file):
+    out = tmp_path / "out"
+    code, shown, err = run(
+        *("--loss", "dpo", "--model", tiny_policy, "--triples", triples_file, "--output_dir", out),
+        *("--use_cpu", "true", "--gradient_accumulation_steps", 8, "--num_train_epochs", 1, "--eval_fraction", 0.3),
+    )
+    assert code == 0, err
+    assert "adapter off; its log-probabilities were computed" in shown
+    files = {path.name for path in out.iterdir()}
+    assert {"adapter_model.safetensors", "README.md", "run.json", "efficiency.json", "trainer_state.json"} <= files
+    assert "training.png" in files
+    assert not [path for path in out.iterdir() if path.suffix == ".bin"]
+    run_record = json.loads((out / "run.json").read_text())
+    assert run_record["arguments"]["loss"] == "dpo"
+    assert len(run_record["data"]["triples_sha256"]) == 64
+    assert json.loads((out / "efficiency.json").read_text())["scored_tokens"] > 0
+    assert "Eq. 5" in (out / "README.md").read_text()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_policy), out)
+    assert loaded(torch.arange(3, 20)[None]).logits.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_pref", ROOT / "scripts" / "train_pref.py")
+    module = importlib.util.module_from_spec(spec)
+    first, sys.path[0] = sys.path[0], sys.path[0]
+    spec.loader.exec_module(module)
+    sys.path[0] = first
+    return module
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss", "ppo"], "--loss is 'ppo'; use one of sft, dpo"),
+        (["--triples", "missing.parquet"], "missing.parquet: no such file"),
+        (["--model", "./nowhere"], "'./nowhere' doesn't exist"),
+        (["--model", "{empty}"], "holds no config.json"),
+        (["--max_length", "60"], "over --max_length 60; raise it, or drop"),
+        (["--tokens_per_batch", "20"], "over --tokens_per_batch 20; raise it"),
+        (["--recipe", "{recipe}"], "unknown key 'learning_rat'; did you mean 'learning_rate'"),
+        (["--adapter", "{empty}"], "holds no adapter_config.json"),
+        (["--resume_from_checkpoint", "{empty}"], "can't resume from .*manifest"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_users_mistake_is_named(arguments, message, script, tmp_path, tiny_policy, triples_file):
+    (tmp_path / "recipe.yaml").write_text("learning_rat: 1e-4\n")
+    (tmp_path / "empty").mkdir()
+    arguments = [a.format(recipe=tmp_path / "recipe.yaml", empty=tmp_path / "empty") for a in arguments]
+    base = ["--model", tiny_policy, "--triples", triples_file, "--output_dir", tmp_path / "out", *QUICK]
+    with pytest.raises((ValueError, OSError), match=message):
+        script.main([str(argument) for argument in [*base, *arguments]])
+    assert not (tmp_path / "out").exists()
+
+
+def test_finished_and_interrupted_folders_are_not_overwritten(script, tmp_path, tiny_policy, triples_file):
+    base = [*map(str, ["--model", tiny_policy, "--triples", triples_file, "--output_dir", tmp_path / "out"]), *QUICK]
+    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(ValueError, match="interrupted run; go on with --resume_from_checkpoint true"):
+        script.main(base)
+    (tmp_path / "out" / "adapter_model.safetensors").touch()
+    with pytest.raises(ValueError, match="finished adapter.*--overwrite_output_dir"):
+        script.main(base)
+
+
+def test_no_traceback_for_a_mistake(tmp_path):
+    code, _, err = run("--model", "./nowhere", "--triples", "missing.parquet", "--output_dir", tmp_path / "out")
+    assert code == 2
+    assert "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_policy, triples_file):
+    arguments = ["--loss", "kto", "--model", tiny_policy, "--triples", triples_file, *QUICK]
+    arguments += ["--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no", "--eval_fraction", "0"]
+    arguments += ["--num_train_epochs", "3", "--lora_r", "8"]
+    code, _, err = run(*arguments, "--output_dir", tmp_path / "whole")
+    assert code == 0, err
+    killed = tmp_path / "killed"
+    kills = 0
+    resume = []
+    while not (killed / "adapter_model.safetensors").exists():
+        process = start(
+            *arguments, "--output_dir", killed, *resume, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        resume = ["--resume_from_checkpoint", "true"]
+        seen = sorted(killed.glob("checkpoint-*"))
+        while process.poll() is None and kills < 3:
+            if sorted(killed.glob("checkpoint-*")) != seen:  # wherever a save or a step happens to be
+                time.sleep(0.003 * kills)
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.001)
+        process.wait()
+    assert kills == 3
+    weights, expected = (load_file(folder / "adapter_model.safetensors") for folder in (killed, tmp_path / "whole"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    logs = [json.loads((f / "trainer_state.json").read_text())["log_history"] for f in (killed, tmp_path / "whole")]
+    steps = [[row["step"] for row in log if "loss" in row] for log in logs]
+    assert steps[0] == steps[1] == list(range(1, len(steps[1]) + 1))
+    losses = [[row["loss"] for row in log if "loss" in row] for log in logs]
+    assert losses[0] == losses[1]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
+    for step in (2, 4, 6):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(b"x" * 100)
+        if step != 6:
+            write_manifest(folder)
+    assert what_is_wrong(tmp_path / "checkpoint-6") == "its saving was interrupted (no manifest.json)"
+    (tmp_path / "checkpoint-4" / "adapter_model.safetensors").write_bytes(b"x" * 50)
+    assert last_good_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert "50 bytes instead of 100" in caplog.text
+    (tmp_path / "checkpoint-2" / "adapter_model.safetensors").unlink()
+    assert last_good_checkpoint(tmp_path) is None
+
+
+def test_training_needs_neither_rdkit_nor_matplotlib():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import lmolt.trainer, lmolt.triples, lmolt.models\n"
+        "assert not {'rdkit', 'matplotlib', 'nltk', 'lmolt.metrics'} & sys.modules.keys()"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True).returncode == 0
