@@ -32,6 +32,7 @@ from statistics import mean, median
 
 from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP
 
+FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # as accelerate launch numbers them; it alone prints and writes
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "rdkit")
 COLUMNS = {MOL2CAP: ("molecule", "caption"), CAP2MOL: ("caption", "molecule")}  # source, preferred output
 
@@ -203,15 +204,12 @@ def summary(args: argparse.Namespace, triples: list[dict], counts: Counter) -> d
 
 def main() -> None:
     args = parse_arguments()
-    from lmolt.translate import process_state
-
-    state = process_state()
-    say = print if state.is_main_process else lambda *_: None
+    say = print if FIRST_PROCESS else lambda *_: None
 
     # --- pairs
     counts = Counter()
     if args.pairs == "demo":
-        use_demo(args, state)
+        use_demo(args)
     pairs = pairs_by_direction(args, counts)
     say(f"reads {args.pairs}: " + ", ".join(f"{len(pairs[direction])} pairs for {direction}" for direction in pairs))
 
@@ -229,31 +227,32 @@ def main() -> None:
         else:
             outputs = [pair[direction] for pair in pairs[direction]]
         triples += triples_of(direction, pairs[direction], outputs, args.drop_invalid, counts)
+    if not triples:
+        raise ValueError(f"no pair makes a triple: {dict(counts)}")
 
-    # --- write
-    if state.is_main_process:
-        from lmolt.triples import write_triples
+    # --- write; the others end without waiting, their translations being gathered
+    if not FIRST_PROCESS:
+        return
+    from lmolt.triples import write_triples
 
-        if not triples:
-            raise ValueError(f"no pair makes a triple: {dict(counts)}")
-        write_triples(triples, args.output)
-        report = args.output.with_suffix(".json")
-        partial = report.with_name(f".{report.name}.partial")
-        partial.write_text(json.dumps(summary(args, triples, counts), indent=1, ensure_ascii=False))
-        partial.replace(report)
-        shutil.rmtree(journal, ignore_errors=True)
-        for cause, n in sorted(counts.items()):
-            print(f"  {n:7,} {cause}")
-        print(f"wrote {args.output}: {len(triples)} triples, and {report}")
-    state.wait_for_everyone()
+    write_triples(triples, args.output)
+    report = args.output.with_suffix(".json")
+    partial = report.with_name(f".{report.name}.partial")
+    partial.write_text(json.dumps(summary(args, triples, counts), indent=1, ensure_ascii=False))
+    partial.replace(report)
+    shutil.rmtree(journal, ignore_errors=True)
+    for cause, n in sorted(counts.items()):
+        print(f"  {n:7,} {cause}")
+    print(f"wrote {args.output}: {len(triples)} triples, and {report}")
 
 
-def use_demo(args: argparse.Namespace, state) -> None:
+def use_demo(args: argparse.Namespace) -> None:
     """Build what the embedded default lacks, and take its T5s where no other translator is named."""
     from lmolt import demo
+    from lmolt.translate import process_state
 
     wanted = [d for d in args.directions if not (getattr(args, f"{d}_model") or getattr(args, f"{d}_outputs"))]
-    with state.main_process_first():
+    with process_state().main_process_first():
         if wanted:
             demo.build_models()
         else:
@@ -282,15 +281,14 @@ def translations(args: argparse.Namespace, direction: str, prompts: list[str], j
 
 
 if __name__ == "__main__":
-    first = os.environ.get("RANK", "0") == "0"
     try:
         main()
     except (ValueError, FileNotFoundError) as error:
-        if first:
+        if FIRST_PROCESS:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        if first:
+        if FIRST_PROCESS:
             print(
                 "\nstopped; what is translated is in OUTPUT.journal: the same command goes on from it", file=sys.stderr
             )
