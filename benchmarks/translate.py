@@ -4,9 +4,9 @@
     python benchmarks/translate.py --model runs/demo/models/mol2cap --direction mol2cap --pairs demo --split test
     python benchmarks/translate.py --json translate.json
 
-Without --model, both a Llama and a T5 with random weights (hidden 256, 6 layers, a token a character) and molecules of RDKit's
-NCI set; a random model seldom ends an output, so one token in 25 ends one here. Both sides see the same
-prompts, threads and end tokens. The first prompt of each side is translated once beforehand, untimed.
+Without --model, both a Llama and a T5 with random weights (hidden 256, 6 layers, a token a character) and molecules of
+RDKit's NCI set; a random model seldom ends an output, so one token in 25 ends one here. Both sides see the same
+prompts, threads and end tokens. The first prompt is translated once by each side beforehand, untimed.
 """
 
 import argparse
@@ -149,7 +149,8 @@ def main() -> None:
         }
         print(
             f"{name}: {len(prompts)} prompts, {tokens / len(prompts):.0f} new tokens each: one by one "
-            f"{seconds['one_by_one']:.1f} s, batched {seconds['batched']:.1f} s, {figures[f'{name}_speedup']:.1f}x; {identical:.1%} of rows identical",
+            f"{seconds['one_by_one']:.1f} s, batched {seconds['batched']:.1f} s, "
+            f"{figures[f'{name}_speedup']:.1f}x; {identical:.1%} of rows identical",
             flush=True,
         )
     figures |= {"rows": len(sources), "threads": torch.get_num_threads(), "device": str(model.device)}
