@@ -22,7 +22,7 @@ import json
 import os
 import random
 from collections import Counter, defaultdict
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from importlib.metadata import version
 
 from lmolt import __version__
@@ -70,6 +70,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     metric.add_argument("--nli_model", help="sequence classification model with an entailment label")
     metric.add_argument("--nltk_data", help="folder with corpora/wordnet, for METEOR")
     metric.add_argument("--property_tree", help="folder with L+M-24's nested_props.json and its companions")
+    metric.add_argument("--no_fcd", action="store_true", help="leave out the Frechet ChemNet distance, the slowest")
     metric.add_argument("--chrf_threshold", type=float, default=0.3, help="a molecule wins above this (paper, 3.4)")
     metric.add_argument("--delta_threshold", type=int, default=5, help="and below this |length difference|")
     metric.add_argument("--n_bootstrap", type=int, help="resamples (default: 1,000 for intervals, 10,000 to compare)")
@@ -102,14 +103,9 @@ def chosen_pairs(args: argparse.Namespace, counts: Counter) -> list[dict]:
 
 def translated(args: argparse.Namespace, pairs: list[dict]) -> list[dict]:
     """Prediction rows of --model, the same on every process."""
-    import torch
-    from accelerate import PartialState
-
     from lmolt.predictions import rows_of_pairs
     from lmolt.translate import load_translator, prompts_for, translate
 
-    # Without a GPU processes only find each other if told so; a share of the rows may take one of them hours.
-    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     model, tokenizer = load_translator(
         args.model,
         args.adapter,
@@ -185,6 +181,7 @@ def evaluate(args: argparse.Namespace) -> None:
                 chrf_threshold=args.chrf_threshold,
                 delta_threshold=args.delta_threshold,
                 property_tree=args.property_tree,
+                fcd=not args.no_fcd,
                 cache_dir=args.cache_dir,
                 n_bootstrap=args.n_bootstrap or 1000,
                 seed=args.seed,

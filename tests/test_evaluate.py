@@ -1,0 +1,257 @@
+"""scripts/evaluate.py as a user runs it: existing outputs, a model's, comparisons; what is written, and errors."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lmolt.pairs import read_table, write_table
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SHARED = ROOT.parent / "shared" / "data"
+PAIRS = [
+    ("CCO", "It is an alcohol of two carbons."),
+    ("CC(=O)O", "It is a carboxylic acid, the one of vinegar."),
+    ("c1ccccc1", "It is an aromatic ring of six carbons."),
+    ("CCN", "It is a primary amine."),
+    ("CC#N", "It is a nitrile."),
+    ("CCOC(C)=O", "It is an ester with the smell of glue."),
+]
+SYSTEMS = {  # outputs in the pairs' order: captions, molecules
+    "plain": (["It is an alcohol."] * 6, ["CCO", "CCO", "CCO", "CCN", "CC", "not a molecule"]),
+    "better": ([c for _, c in PAIRS[:5]] + [""], [m for m, _ in PAIRS[:4]] + ["", "CCOC(C)=O"]),
+    "<b>bold</b>": (["<script>document.title = 'run'</script>"] * 6, ["C", "C(", "</script>", "CCC", "CC#N", "CCO"]),
+}
+
+
+@pytest.fixture(scope="session")
+def script():
+    """scripts/evaluate.py as a module: `run("--flag", ...)` is the command line without a new process."""
+    before = sys.path[0]
+    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "scripts" / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path[0] = before
+
+    def run(*argv):
+        args = module.parse_arguments([str(a) for a in argv])
+        module.compare(args) if args.compare else module.evaluate(args)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def evaluated(script, tmp_path_factory):
+    """A folder with one run for each of SYSTEMS, as the script writes it."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    for i, (name, (captions, molecules)) in enumerate(SYSTEMS.items()):
+        rows = []
+        for j, (molecule, caption) in enumerate(PAIRS):
+            both = (("mol2cap", molecule, caption, captions[j]), ("cap2mol", caption, molecule, molecules[j]))
+            rows += [
+                dict(zip(("id", "direction", "source", "reference", "prediction"), (str(j), *x), strict=True))
+                for x in both
+            ]
+        write_table(rows, folder / f"{i}.jsonl")
+        file = folder / f"{i}.jsonl"
+        script("--predictions", file, file, "--direction", "mol2cap", "cap2mol", "--output", folder / f"run{i}",
+               "--name", name, "--n_bootstrap", 50, "--no_fcd", "--cache_dir", folder / "cache")  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compared(script, evaluated):
+    """The folder of a comparison of the three, against the first; one has been trained and says what that took."""
+    record = json.loads((evaluated / "run1" / "metrics.json").read_text())
+    record["efficiency"] = {"wall_seconds": 1800, "tokens": 1_000_000, "gpu_energy_joules": None}
+    (evaluated / "run1" / "metrics.json").write_text(json.dumps(record))
+    script("--compare", *(evaluated / f"run{i}" for i in range(3)), "--output", evaluated / "all", "--n_bootstrap", 200)
+    return evaluated / "all"
+
+
+def test_what_a_run_leaves(evaluated):
+    folder = evaluated / "run1"
+    assert {path.name for path in folder.iterdir()} == {
+        "predictions.parquet", "scores.parquet", "metrics.json", "report.md", "report.html",
+        "figure1_distributions.png", "figure3_molecules.png", "figure4_captions.png",
+    }  # fmt: skip
+    record = json.loads((folder / "metrics.json").read_text())
+    assert record["system"] == "better" and record["arguments"]["seed"] == 0 and "rdkit" in record["versions"]
+    assert re.fullmatch("[0-9a-f]{64}", record["data"]["predictions_sha256"])
+    captions, molecules = record["directions"]["mol2cap"], record["directions"]["cap2mol"]
+    assert captions["n"] == molecules["n"] == 6
+    assert captions["counts"]["empty_prediction"] == molecules["counts"]["empty_prediction"] == 1
+    assert molecules["metrics"]["validity"]["value"] == pytest.approx(5 / 6)
+    assert molecules["metrics"]["exact_match"]["value"] == pytest.approx(5 / 6)
+    for part in (captions, molecules):
+        for entry in part["metrics"].values():
+            assert "absent" in entry or {"value", "ci95", "n", "convention"} <= set(entry)
+    scores = read_table(folder / "scores.parquet")
+    assert [row["id"] for row in scores] == [row["id"] for row in read_table(folder / "predictions.parquet")]
+    assert "NOT comparable" in (folder / "report.md").read_text()  # no SciBERT tokenizer was given
+
+
+def test_comparison_writes_the_papers_tables_and_figures(compared):
+    names = {path.name for path in compared.iterdir()}
+    for table in ("table1_mol2cap", "table2_cap2mol", "table3_mol2cap_differences", "table4_cap2mol_differences"):
+        assert {f"{table}.csv", f"{table}.tex"} <= names
+    assert {"table5_efficiency.csv", "table8_mol2cap_tests.csv", "figure2_win_rates.png", "report.html"} <= names
+    for name in names:
+        if name.endswith(".png"):
+            assert (compared / name).read_bytes().startswith(b"\x89PNG")
+    rows = {row["System"]: row for row in read_table(compared / "table4_cap2mol_differences.csv")}
+    assert list(rows) == list(SYSTEMS)
+    assert float(rows["better"]["Validity ↑"]) == pytest.approx(5 / 6)
+    assert rows["plain"]["Exact ↑ in brackets"] == "" and rows["better"]["Exact ↑ in brackets"].startswith("(+")
+    assert [row["Wall (h)"] for row in read_table(compared / "table5_efficiency.csv")] == ["0.5"]
+    tests = read_table(compared / "table9_cap2mol_tests.csv")
+    assert all(float(t["p (Holm)"]) >= float(t["p"]) for t in tests if t["p"] != "nan")
+    assert "**" in (compared / "report.md").read_text()
+
+
+def test_the_report_needs_nothing_else_and_runs_nothing_of_the_users(compared):
+    page = (compared / "report.html").read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
+    assert "<b>bold" not in page and "<script>document.title" not in page
+    assert page.count("<script") == page.count("</script>") == 2
+
+
+def dom(page: Path, folder: Path) -> str:
+    """The page's document after its scripts ran, as a headless Chromium has it."""
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    flags += "--disable-component-update --disable-sync --virtual-time-budget=5000 --dump-dom"
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH (Debian: apt-get install chromium)")
+def test_the_page_in_a_browser(compared, tmp_path):
+    steps = """
+    const change = (id, value) => { byId(id).value = value; byId(id).dispatchEvent(new Event("input")); };
+    const cards = () => [...document.querySelectorAll(".example h3")].map(h => h.textContent.replace("Example ", ""));
+    const found = {title: document.title, start: cards()};
+    found.markup = document.querySelectorAll("#cards script, #cards b b").length;
+    byId("direction").value = "cap2mol"; byId("direction").dispatchEvent(new Event("change"));
+    found.measures = [...byId("measure").options].map(o => o.textContent);
+    change("system", "1");
+    found.worst = cards();
+    change("order", "best");
+    found.best = cards();
+    change("search", "GLUE");
+    found.searched = cards();
+    found.count = byId("count").textContent;
+    found.drawn = document.querySelectorAll(".drawings img").length;
+    const table = [...document.querySelectorAll("table.sortable")][1];
+    const column = [...table.tHead.rows[0].cells].findIndex(c => c.textContent.startsWith("Validity"));
+    const values = () => [...table.tBodies[0].rows].map(r => Number(r.cells[column].dataset.value));
+    table.tHead.rows[0].cells[column].click(); found.down = values();
+    table.tHead.rows[0].cells[column].click(); found.up = values();
+    byId("theme").click(); found.theme = document.documentElement.dataset.theme;
+    const box = document.createElement("pre");
+    box.id = "found"; box.textContent = JSON.stringify(found); document.body.append(box);
+    """
+    page = (compared / "report.html").read_text()
+    (tmp_path / "page.html").write_text(page.replace("direct();\n</script>", f"direct();\n{steps}</script>"))
+    document = dom(tmp_path / "page.html", tmp_path)
+    found = re.search(r'<pre id="found">(.*?)</pre>', document, re.S)
+    assert found, "the page's script stopped: " + document[-2000:]
+    found = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert found["title"] == "3 systems compared"  # and not what a caption's script would have made of it
+    assert sorted(found["start"]) == list("012345") and found["markup"] == 0
+    assert found["measures"][0] == "Chr-F"
+    assert found["worst"][0] == found["best"][-1] == "4"  # the empty output
+    assert found["searched"] == ["5"] and found["count"].startswith("1 of 1 (6 scored")
+    assert found["drawn"] >= 2
+    assert found["down"] == sorted(found["down"], reverse=True) and found["up"] == sorted(found["up"])
+    assert found["down"][0] == pytest.approx(5 / 6)
+    assert found["theme"] in ("dark", "light")
+
+
+def test_comparisons_that_make_no_sense(script, evaluated, tmp_path):
+    one, two = evaluated / "run0", evaluated / "run1"
+    with pytest.raises(ValueError, match="'nobody' is not one of the systems: plain, better"):
+        script("--compare", one, two, "--baseline", "nobody", "--output", tmp_path)
+    with pytest.raises(ValueError, match="two systems are called 'plain'; name them"):
+        script("--compare", one, one, "--output", tmp_path)
+    with pytest.raises(FileNotFoundError, match="metrics.json is not there"):
+        script("--compare", one, tmp_path, "--output", tmp_path)
+    with pytest.raises(ValueError, match="at least two"):
+        script("--compare", one, "--output", tmp_path)
+    rows = [row for row in read_table(evaluated / "1.jsonl") if row["direction"] == "mol2cap"]
+    rows[3]["reference"] = "something else"
+    write_table(rows, tmp_path / "p.jsonl")
+    script("--predictions", tmp_path / "p.jsonl", "--direction", "mol2cap", "--output", tmp_path / "odd",
+           "--n_bootstrap", 10, "--cache_dir", tmp_path)  # fmt: skip
+    with pytest.raises(ValueError, match="mol2cap row 4: the reference is 'something else', but 'It is a primary"):
+        script("--compare", one, tmp_path / "odd", "--output", tmp_path)
+    write_table(rows[:-1], tmp_path / "odd" / "predictions.parquet")
+    with pytest.raises(ValueError, match="is not the one metrics.json scored"):
+        script("--compare", one, tmp_path / "odd", "--output", tmp_path)
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path):
+    (tmp_path / "o.tsv").write_text("description\tground truth\toutput\nx\tC1CC\tC\n")
+    command = [sys.executable, "scripts/evaluate.py", "--predictions", tmp_path / "o.tsv", "--direction", "cap2mol"]
+    done = subprocess.run([*command, "--output", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert "o.tsv" in done.stderr and "C1CC" in done.stderr
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_help_is_quick():
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "scripts/evaluate.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--compare" in done.stdout
+    assert time.monotonic() - start < 2
+
+
+def test_a_killed_run_goes_on_where_it_was(script, tiny_policy, tmp_path):
+    output = tmp_path / "out"
+    write_table([{"molecule": "C" * i, "caption": f"{i} carbons"} for i in range(1, 41)], tmp_path / "pairs.csv")
+    arguments = ["--model", tiny_policy, "--pairs", tmp_path / "pairs.csv", "--limit", 24, "--max_new_tokens", 16]
+    arguments += ["--tokens_per_batch", 500, "--n_bootstrap", 10, "--no_fcd", "--output"]
+
+    def keys():
+        lines = [line for file in output.glob("journal/*.jsonl") for line in file.read_text().splitlines()]
+        return [json.loads(line)["key"] for line in lines if line.endswith("}")]  # a kill may cut the last one off
+
+    command = [sys.executable, "scripts/evaluate.py", *map(str, arguments), str(output)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not keys() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert 0 < len(keys()) < 48 and not (output / "predictions.parquet").exists()
+    script(*arguments, output)
+    assert len(keys()) == len(set(keys())) == 48  # 24 pairs, two directions, nothing translated twice
+    rows = read_table(output / "predictions.parquet")
+    assert [row["direction"] for row in rows] == ["mol2cap"] * 24 + ["cap2mol"] * 24
+    script(*arguments, tmp_path / "whole")
+    assert read_table(tmp_path / "whole" / "predictions.parquet") == rows
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/data beside the checkout")
+def test_the_official_scripts_numbers(script, tmp_path):
+    files = [SHARED / "lpm24" / f"{direction}_example.tsv" for direction in ("mol2cap", "cap2mol")]
+    script("--predictions", *files, "--direction", "mol2cap", "cap2mol", "--output", tmp_path / "out",
+           "--text_tokenizer", SHARED / "scibert", "--nltk_data", SHARED / "nltk_data", "--n_bootstrap", 20,
+           "--cache_dir", tmp_path)  # fmt: skip
+    directions = json.loads((tmp_path / "out" / "metrics.json").read_text())["directions"]
+    official = json.loads((SHARED / "lpm24" / "example_scores.json").read_text())
+    ours = {"exact": "exact_match", "fcd_1_2_2": "fcd"}
+    for direction in ("mol2cap", "cap2mol"):
+        for key, value in official[f"{direction}_example.tsv"].items():
+            if isinstance(value, float):
+                tolerance = 1e-3 if key.startswith("fcd") else 1e-6
+                assert directions[direction]["metrics"][ours.get(key, key)]["value"] == pytest.approx(
+                    value, abs=tolerance
+                ), key
