@@ -26,7 +26,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 from lmolt.models import check_model_folder, load_base, load_tokenizer
 from lmolt.prompts import build_prompt, encode_prompt
@@ -238,10 +239,41 @@ def _pad(rows: list[list[int]], left: bool, device) -> tuple[torch.Tensor, torch
     return ids.to(device), mask.to(device)
 
 
-def _prefix_cache(model, prefix: list[int]):
+class _RoomyLayer(DynamicLayer):
+    """Keys and values (B, heads, T, d) with room behind them: a step writes its own and does not copy the others.
+
+    `DynamicLayer` concatenates at each step, which for rows behind a long shared instruction is most of the time.
+    """
+
+    ROOM = 64  # tokens
+    room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        # rows that were repeated or selected are new tensors, of another number of rows
+        if self.room is None or len(self.room[0]) != len(key_states) or self.room[0].shape[-2] < end:
+            self.room = tuple(
+                new.new_empty(*new.shape[:-2], end + self.ROOM, new.shape[-1]) for new in (key_states, value_states)
+            )
+            if start:
+                self.room[0][..., :start, :], self.room[1][..., :start, :] = self.keys, self.values
+        self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
+        self.room[0][..., start:end, :], self.room[1][..., start:end, :] = key_states, value_states
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.room)
+        return self.keys, self.values
+
+
+def _empty_cache(model) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def _prefix_cache(model, prefix: list[int]) -> DynamicCache:
     """Keys and values (1, heads, P, d) of each layer for the tokens that all prompts share."""
     ids = torch.tensor([prefix], device=model.device)
-    return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    return model(input_ids=ids, past_key_values=_empty_cache(model), use_cache=True, logits_to_keep=1).past_key_values
 
 
 def _decode(
@@ -254,7 +286,9 @@ def _decode(
     if seq2seq:
         encoded = model.get_encoder()(input_ids=ids, attention_mask=mask)
         ids = torch.full((len(rows), 1), model.config.decoder_start_token_id, device=device)
-    elif cache is not None:
+    elif cache is None:
+        cache = _empty_cache(model)
+    else:
         cache.batch_repeat_interleave(len(rows))
         mask = torch.cat([mask.new_ones(len(rows), prefix_length), mask], dim=1)  # (B, P + T)
     outputs, live, ended = [[] for _ in rows], list(range(len(rows))), set()
