@@ -5,15 +5,19 @@
 Nothing is downloaded. The molecules are 4,999 of the NCI's, which come with RDKit; lmolt/demo_captions.py says in words
 what RDKit computes about them. The models are trained from scratch on the training split: two Llamas, one a
 direction, for the two unidirectional Meditrons, and a T5 a direction for MolT5, whose outputs become the
-dis-preferred ones. All is written to runs/demo, each file and folder whole, and what is there is kept:
+dis-preferred ones. All is written to runs/demo, each file and folder whole, and what is there is kept; remove
+runs/demo to start anew:
 
     pairs.parquet -> models/tokenizer -> models/{cap2mol, mol2cap, t5_mol2cap, t5_cap2mol} -> triples.parquet
 """
 
+import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,21 +100,32 @@ def build_models(root: Path = ROOT, scale: str = "full") -> None:
     models, finished = root / "models", root / "models" / "finished"
     if finished.exists():
         return
+    train = [pair for pair in pairs(root, scale) if pair["split"] == "train"]
+    if not (models / "tokenizer").exists():
+        _save_whole(models / "tokenizer", _train_tokenizer(train))
+    names = [*DIRECTIONS, *(f"t5_{direction}" for direction in DIRECTIONS)]
+    lacking = [models / name for name in names if not (models / name).exists()]
+    print(f"trains {', '.join(map(str, lacking))} on {len(train)} pairs, two at a time")
+    # Models so small gain little from a second thread, so each has a process of its own with one. A worker dies of
+    # Ctrl-C by itself, silently; this process reports.
+    context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(2, context, initializer=signal.signal, initargs=quiet) as pool:
+        for future in as_completed([pool.submit(_build_model, folder, train, SCALES[scale]) for folder in lacking]):
+            print(f"wrote {future.result()}")
+    finished.touch()
+
+
+def _build_model(folder: Path, train: list[dict], size: Scale) -> Path:
+    import torch
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
+    torch.set_num_threads(1)
     logging.disable_progress_bar()
-    size, train = SCALES[scale], [pair for pair in pairs(root, scale) if pair["split"] == "train"]
-    if not (models / "tokenizer").exists():
-        _save_whole(models / "tokenizer", _train_tokenizer(train))
-    tokenizer = AutoTokenizer.from_pretrained(models / "tokenizer")
-    for train_model, prefix in ((_train_llama, ""), (_train_t5, "t5_")):
-        for direction in DIRECTIONS:
-            folder = models / f"{prefix}{direction}"
-            if not folder.exists():
-                print(f"trains {folder} on {len(train)} pairs")
-                _save_whole(folder, tokenizer, train_model(train, direction, tokenizer, size))
-    finished.touch()
+    tokenizer = AutoTokenizer.from_pretrained(folder.with_name("tokenizer"))
+    make = _train_t5 if folder.name.startswith("t5_") else _train_llama
+    _save_whole(folder, tokenizer, make(train, folder.name.removeprefix("t5_"), tokenizer, size))
+    return folder
 
 
 def _save_whole(folder: Path, *parts) -> None:
@@ -119,7 +134,6 @@ def _save_whole(folder: Path, *parts) -> None:
     for part in parts:
         part.save_pretrained(partial)
     partial.rename(folder)
-    print(f"wrote {folder}")
 
 
 def _train_tokenizer(train: list[dict]):
@@ -308,4 +322,5 @@ if __name__ == "__main__":
     try:
         build_models()
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the models that are finished are kept, and the same command goes on")
+        print("\nstopped; finished models are kept, and the same command goes on", file=sys.stderr)
+        sys.exit(130)
