@@ -150,10 +150,6 @@ def test_models_a_kill_and_two_processes(pairs, tmp_path, tiny_policy):
             "no such file",
         ),
         (
-            ["--pairs", "{pairs}", "--output", "t.jsonl", "--directions", "mol2cap", "--mol2cap_model", "./m"],
-            "doesn't exist",
-        ),
-        (
             ["--pairs", "{bad}", "--output", "t.jsonl", "--directions", "mol2cap", "--mol2cap_model", "m"],
             "'C1CC' does not",
         ),
