@@ -117,10 +117,18 @@ def categories_table(name: str, record: dict, direction: str) -> Table | None:
 def without_conventions(table: Table) -> Table:
     """A `metrics_table` for the screen: its widest column left out, the reasons of what is absent in the note."""
     at = table.columns.index("Convention")
-    absent = [f"{row[0].text}: {row[at].text}" for row in table.rows if row[1].text == "absent"]
+    absent = _by_reason((row[0].text, row[at].text) for row in table.rows if row[1].text == "absent")
     rows = [[cell for i, cell in enumerate(row) if i != at] for row in table.rows if row[1].text != "absent"]
-    note = table.note + "".join(f"\nAbsent: {reason}" for reason in absent)
+    note = table.note + "".join(f"\nAbsent: {names} ({reason})." for reason, names in absent.items())
     return Table(table.name, table.title, [name for name in table.columns if name != "Convention"], rows, note)
+
+
+def _by_reason(absent) -> dict[str, str]:
+    """`(metric, reason)` pairs as `{reason: "metric, metric"}`."""
+    found = {}
+    for name, reason in absent:
+        found[reason] = f"{found[reason]}, {name}" if reason in found else name
+    return found
 
 
 def results_table(
@@ -160,8 +168,9 @@ def results_table(
     if any("NOT comparable" in entry(name, key).get("convention", "") for name in parts for key in kept):
         note += " Some numbers are not comparable with published ones: see the conventions."
     if missing := [key for key in MEASURES[direction] if key not in kept]:
-        reasons = {key: entry(next(iter(parts)), key)["absent"] for key in missing}
-        note += " Absent: " + "; ".join(f"{MEASURES[direction][k][0]} ({why})" for k, why in reasons.items()) + "."
+        first = next(iter(parts))
+        absent = _by_reason((MEASURES[direction][key][0], entry(first, key)["absent"]) for key in missing)
+        note += " Absent: " + "; ".join(f"{names} ({reason})" for reason, names in absent.items()) + "."
     columns = ["System", *(label + ARROWS[better] for label, better, _ in kept.values())]
     title = f"Table {number}. {DIRECTION_NAMES[direction]}"
     if baseline is None:

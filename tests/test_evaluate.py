@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -34,6 +35,9 @@ SYSTEMS = {  # outputs in the pairs' order: captions, molecules
 @pytest.fixture(scope="session")
 def script():
     """scripts/evaluate.py as a module: `run("--flag", ...)` is the command line without a new process."""
+    import torch
+
+    torch.set_num_threads(1)  # on a busy machine threads of tiny products wait for each other
     before = sys.path[0]
     spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "scripts" / "evaluate.py")
     module = importlib.util.module_from_spec(spec)
@@ -224,7 +228,7 @@ def test_a_killed_run_goes_on_where_it_was(script, tiny_policy, tmp_path):
         return [json.loads(line)["key"] for line in lines if line.endswith("}")]  # a kill may cut the last one off
 
     command = [sys.executable, "scripts/evaluate.py", *map(str, arguments), str(output)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
     while not keys() and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -36,7 +36,7 @@ def test_the_best_is_bold_whichever_way_is_better_and_ties_share_it():
         [False, True, True, False],
     ]
     assert table.rows[0][1].small == "[0.490, 0.510]"
-    assert "Absent: Exact (not computed)" in table.note
+    assert "Absent: Exact, Levenshtein, Validity" in table.note
 
 
 def test_differences_from_a_baseline_and_what_is_significant():
@@ -65,7 +65,7 @@ def test_one_system_says_interval_n_convention_and_why_something_is_absent():
     assert table.note == "10 examples; counted: 3 empty prediction."
     screen = tables.without_conventions(table)
     assert screen.columns == ["Metric", "Value", "95 % interval", "n"]
-    assert screen.note.endswith("Absent: METEOR (meteor): no WordNet")
+    assert screen.note.endswith("Absent: METEOR (meteor) (no WordNet).")
 
 
 def test_further_metrics_and_efficiency():
