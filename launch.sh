@@ -33,9 +33,9 @@ launch() {
     local gpus
     gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
     case $gpus in
-        0) accelerate launch --config_file accelerate_configs/cpu.yaml "$@" ;;
-        1) accelerate launch --config_file accelerate_configs/single_gpu.yaml "$@" ;;
-        *) accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes "$gpus" "$@" ;;
+        0) accelerate launch --quiet --config_file accelerate_configs/cpu.yaml "$@" ;;
+        1) accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml "$@" ;;
+        *) accelerate launch --quiet --config_file accelerate_configs/ddp.yaml --num_processes "$gpus" "$@" ;;
     esac
 }
 

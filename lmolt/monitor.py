@@ -242,7 +242,7 @@ def translation_scores(trainer, examples) -> dict[str, float]:
             progress=f"translating {direction}",
         )
         sources, references = [e.source for e in sample], [e.target for e in sample]
-        metrics = score(direction, sources, references, outputs, fcd=False, n_bootstrap=0)[0]["metrics"]
+        metrics = score(direction, sources, references, outputs, fcd=False, n_bootstrap=1)[0]["metrics"]
         scores |= {f"{direction}/{key}": metrics[key]["value"] for key in keys if "value" in metrics[key]}
     return scores
 

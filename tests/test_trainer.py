@@ -237,3 +237,23 @@ def test_evaluation_leaves_nf4_training_its_gradients(tiny_policy, few_triples, 
         trainer.compute_loss(trainer.model, batch, num_items_in_batch=trainer._normalisers([batch])).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]))
     assert torch.equal(gradients[0], gradients[1])
+
+
+def test_a_sample_is_translated_and_decides_the_best_model(tiny_policy, few_triples, tmp_path):
+    trainer = make_trainer(
+        tiny_policy,
+        few_triples,
+        tmp_path / "run",
+        per_device_train_batch_size=24,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="cap2mol/validity",
+        eval_translations=2,
+        eval_max_new_tokens=5,
+    )
+    trainer.train()
+    evaluated = [row for row in trainer.state.log_history if "eval_loss" in row][-1]
+    for key in ("mol2cap/bleu2", "cap2mol/validity", "cap2mol/exact_match"):
+        assert 0 <= evaluated[f"eval_{key}"] <= 1
+    assert trainer.state.best_metric == evaluated["eval_cap2mol/validity"]
