@@ -83,7 +83,7 @@ def _table(table: Table, folded: bool = False) -> str:
     else:
         opening, closing = f"<div class=card><h3>{title}</h3>", "</div>"
     return (
-        f'{opening}<table class="sortable"><thead><tr>{head}</tr></thead>'
+        f'{opening}<table class="sortable{" conventions" * any(text)}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table><p class=soft>{html.escape(table.note)}</p>{closing}"
     )
 

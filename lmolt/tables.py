@@ -165,6 +165,8 @@ def results_table(
     else:
         note += f" In parentheses: difference from {baseline}"
         note += "; † p < 0.05, paired bootstrap, Holm-corrected." if tests else "."
+        untested = [kept[key][0] for key in kept if key not in {tested for _, tested in tests or ()}]
+        note += f" Not tested: {', '.join(untested)}." if tests and untested else ""
     if any("NOT comparable" in entry(name, key).get("convention", "") for name in parts for key in kept):
         note += " Some numbers are not comparable with published ones: see the conventions."
     if missing := [key for key in MEASURES[direction] if key not in kept]:
@@ -260,7 +262,8 @@ def to_csv(table: Table) -> str:
     spread = lambda pairs: [
         x for (text, small), wanted in zip(pairs, has_small, strict=True) for x in [text, small][: 1 + wanted]
     ]
-    writer.writerow(spread((name, f"{name} in brackets") for name in table.columns))
+    plain = [re.sub(" [↑↓]$| → 0$", "", name) for name in table.columns]
+    writer.writerow(spread((name, f"{name} in brackets") for name in plain))
     for row in table.rows:
         writer.writerow(spread((c.text if c.value is None else c.value, c.small) for c in row))
     return buffer.getvalue()
@@ -272,21 +275,23 @@ _LATEX |= {c: "\\" + c for c in "&%$#_{}"} | {"|": r"\textbar{}", "<": r"\textle
 
 
 def to_latex(table: Table) -> str:
-    """A booktabs table; needs no other package."""
+    """A booktabs table over both columns of a page, set smaller where it is wide (graphicx's \\resizebox)."""
     escape = lambda text: "".join(_LATEX.get(c, c) for c in text)
     bold = lambda c: rf"\textbf{{{escape(c.text)}}}" if c.bold else escape(c.text)
     cell = lambda c: bold(c) + (rf" {{\scriptsize {escape(c.small)}}}" if c.small else "")
     caption = escape(f"{re.sub('^Table [0-9]+[.] ', '', table.title)}. {table.note}".strip())
+    wide = len(table.columns) > 8
     lines = [
         r"\begin{table*}[t]",
         r"\centering\small",
+        *([r"\resizebox{\textwidth}{!}{%"] if wide else []),
         rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
         r"\toprule",
         " & ".join(map(escape, table.columns)) + r" \\",
         r"\midrule",
         *(" & ".join(map(cell, row)) + r" \\" for row in table.rows),
         r"\bottomrule",
-        r"\end{tabular}",
+        r"\end{tabular}" + "}" * wide,
         rf"\caption{{{caption}}}",
         rf"\label{{tab:{table.name}}}",
         r"\end{table*}",

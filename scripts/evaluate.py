@@ -1,14 +1,16 @@
 """Score translations between molecules and language: a model's, or outputs that exist; or compare scored systems.
 
-    accelerate launch scripts/evaluate.py --model MODEL --adapter runs/cpo --pairs test.csv --output runs/eval/cpo
-    python scripts/evaluate.py --predictions m.tsv c.tsv --direction mol2cap cap2mol --output runs/eval/molt5
-    python scripts/evaluate.py --predictions lines.txt --direction cap2mol --pairs test.csv --output runs/eval/other
-    python scripts/evaluate.py --compare runs/eval/cpo T5=runs/eval/molt5 --baseline T5 --output runs/eval/all
+    accelerate launch scripts/evaluate.py --model runs/demo/models/cap2mol --pairs demo --limit 50 --output runs/start
+    accelerate launch scripts/evaluate.py --model runs/demo/models/cap2mol --adapter runs/demo/cpo --pairs demo \\
+        --limit 50 --output runs/aligned
+    python scripts/evaluate.py --compare runs/start CPO=runs/aligned --baseline start --output runs/compared
+    python scripts/evaluate.py --predictions runs/start/predictions.parquet --direction cap2mol --output runs/again
 
-Pairs: demo, a .csv/.tsv/.jsonl/.parquet file with molecule and caption, or a Hub data set. Predictions: the reference
-scripts' tables (tab-separated: SMILES or description, ground truth, output), .parquet/.jsonl with source, reference and
-prediction, or one output a line beside --pairs. Writes predictions.parquet, scores.parquet, metrics.json, report.md,
-report.html and figures to --output; a run that was killed goes on where it was.
+(as printed once ./launch.sh has made runs/demo). Pairs: demo, a .csv/.tsv/.jsonl/.parquet file with molecule and
+caption, or a Hub data set. Predictions: the reference scripts' tables (tab-separated: SMILES or description, ground
+truth, output), .parquet/.jsonl with source, reference and prediction, or one output a line beside --pairs. Writes
+predictions.parquet, scores.parquet, report.md, report.html, figures and, last, metrics.json to --output; a run that was
+killed goes on where it was.
 """
 
 import sys
@@ -149,7 +151,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from lmolt.metrics import score
     from lmolt.pairs import write_table
     from lmolt.predictions import digest, read_predictions
-    from lmolt.report import read_run, write_report, write_whole
+    from lmolt.report import Run, write_report, write_whole
     from lmolt.tables import to_markdown
 
     # ---- outputs: made now, or made before
@@ -166,13 +168,15 @@ def evaluate(args: argparse.Namespace) -> None:
 
     # ---- scores
     args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "metrics.json").unlink(missing_ok=True)  # written last: where it is, the folder is whole
     write_table(rows, args.output / "predictions.parquet")
+    run = Run(args.name or args.output.resolve().name, args.output, record={})
     scores, parts = [], {}
     for direction in dict.fromkeys(row["direction"] for row in rows):
-        mine = [row for row in rows if row["direction"] == direction]
+        run.rows[direction] = mine = [row for row in rows if row["direction"] == direction]
         print(f"scoring {len(mine)} {direction} outputs", flush=True)
         try:
-            part, per_example = score(
+            part, run.scores[direction] = score(
                 direction,
                 *([row[key] for row in mine] for key in ("source", "reference", "prediction")),
                 text_tokenizer=args.text_tokenizer,
@@ -189,15 +193,19 @@ def evaluate(args: argparse.Namespace) -> None:
         except ValueError as error:  # such as a reference that is no molecule: say which file it is in
             files = dict(zip(args.direction or (), args.predictions or (), strict=True))
             raise ValueError(f"{args.pairs or files[direction]}, {direction} {error}") from error
-        parts[direction] = {"n": len(mine), "counts": counts[direction] | part["counts"], "metrics": part["metrics"]}
-        columns = {key: values.tolist() for key, values in per_example.items()}
+        parts[direction] = {
+            "n": len(mine),
+            "counts": dict(counts[direction]) | part["counts"],
+            "metrics": part["metrics"],
+        }
+        columns = {key: values.tolist() for key, values in run.scores[direction].items()}
         for i, row in enumerate(mine):
             scores.append({"id": row["id"], "direction": direction} | {key: v[i] for key, v in columns.items()})
     write_table(scores, args.output / "scores.parquet")
 
     # ---- record and report
-    record = {
-        "system": args.name or args.output.resolve().name,
+    run.record |= {
+        "system": run.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"lmolt": __version__, "python": sys.version.split()[0]} | {p: version(p) for p in PACKAGES},
         "arguments": {key: value for key, value in vars(args).items() if value is not None},
@@ -206,11 +214,13 @@ def evaluate(args: argparse.Namespace) -> None:
     }
     for folder in (args.adapter, args.model):
         if folder and (Path(folder) / "efficiency.json").is_file():
-            record["efficiency"] = json.loads((Path(folder) / "efficiency.json").read_text())
+            run.record["efficiency"] = json.loads((Path(folder) / "efficiency.json").read_text())
             break
-    write_whole(args.output / "metrics.json", json.dumps(record, indent=1, ensure_ascii=False, default=str))
-    for table in write_report([read_run(str(args.output))], args.output):
+    record = json.dumps(run.record, indent=1, ensure_ascii=False, default=str)
+    run.record = json.loads(record)  # as every later reader has it
+    for table in write_report([run], args.output):
         print(to_markdown(table))
+    write_whole(args.output / "metrics.json", record)
     print(f"report: {args.output / 'report.html'} (and report.md beside it)")
 
 
