@@ -20,7 +20,7 @@ from lmolt.tables import DIRECTION_NAMES, MEASURES
 
 PRIMARY = {MOL2CAP: ("nli_entailment", "rougeL"), CAP2MOL: ("chrf",)}  # what examples are ranked by: the first there is
 _DISTRIBUTIONS = (
-    (MOL2CAP, "delta_len", "length difference (word pieces)"),
+    (MOL2CAP, "delta_len", "length difference (tokens)"),
     (MOL2CAP, "nli_entailment", "entailment probability"),
     (CAP2MOL, "delta_len", "length difference (characters)"),
     (CAP2MOL, "chrf", "Chr-F"),

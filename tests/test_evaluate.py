@@ -220,7 +220,18 @@ def test_help_is_quick():
 def test_a_killed_run_goes_on_where_it_was(script, tiny_policy, tmp_path):
     output = tmp_path / "out"
     write_table([{"molecule": "C" * i, "caption": f"{i} carbons"} for i in range(1, 41)], tmp_path / "pairs.csv")
-    arguments = ["--model", tiny_policy, "--pairs", tmp_path / "pairs.csv", "--limit", 24, "--max_new_tokens", 16]
+    shutil.copytree(tiny_policy, tmp_path / "model")
+    (tmp_path / "model" / "efficiency.json").write_text('{"wall_seconds": 60}')  # as the trainer leaves it
+    arguments = [
+        "--model",
+        tmp_path / "model",
+        "--pairs",
+        tmp_path / "pairs.csv",
+        "--limit",
+        24,
+        "--max_new_tokens",
+        16,
+    ]
     arguments += ["--tokens_per_batch", 500, "--n_bootstrap", 10, "--no_fcd", "--output"]
 
     def keys():
@@ -241,6 +252,7 @@ def test_a_killed_run_goes_on_where_it_was(script, tiny_policy, tmp_path):
     assert [row["direction"] for row in rows] == ["mol2cap"] * 24 + ["cap2mol"] * 24
     script(*arguments, tmp_path / "whole")
     assert read_table(tmp_path / "whole" / "predictions.parquet") == rows
+    assert json.loads((output / "metrics.json").read_text())["efficiency"] == {"wall_seconds": 60}
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/data beside the checkout")
