@@ -66,6 +66,8 @@ def reference_pairs(data: Path, rows: int) -> list[tuple[str, str]]:
 
 def outputs(pairs: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
     """A stand-in system's (SMILES, captions) for the pairs, in the shape the module's docstring says."""
+    from rdkit import Chem
+
     from lmolt.metrics.molecule import canonical, formulas
 
     draw = random.Random(0)
@@ -75,15 +77,17 @@ def outputs(pairs: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
         options = [smiles[:i] + draw.choice("CNOS") + smiles[i + 1 :] for i in draw.sample(atoms, min(4, len(atoms)))]
         changed[smiles] = [o for o in options if o != smiles]
     readable = formulas([o for options in changed.values() for o in options])
+    # RDKit calls two empty fingerprints unlike (0), LMolT equal SMILES alike (1): salts of single atoms stay apart.
+    plain = [Chem.MolFromSmiles(smiles).GetNumBonds() > 2 for smiles, _ in pairs]
     by_length = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
     neighbour = {i: by_length[max(0, at - 1)] for at, i in enumerate(by_length)}
     molecules, captions = [], []
     for i, (smiles, caption) in enumerate(pairs):
         kind = draw.random()
         other = pairs[neighbour[i]]
-        if kind < 0.2 and len(smiles) > 8:  # RDKit's Tanimoto of two empty fingerprints is 0, LMolT's of equal SMILES 1
+        if kind < 0.2 and plain[i]:
             molecules.append(smiles)
-        elif kind < 0.25 and len(smiles) > 8:
+        elif kind < 0.25 and plain[i]:
             molecules.append(canonical(smiles))
         elif kind < 0.29:
             molecules.append(smiles[: len(smiles) // 2] + "(")
@@ -191,10 +195,11 @@ def our_molecules(references, predictions, cache) -> dict[str, float]:
     columns = caption.bleu_columns(characters(references), characters(predictions))
     formula = molecule.formulas([*references, *predictions])
     valid = np.array([bool(formula[p]) for p in predictions])
-    similarities = molecule.similarities(references, predictions, valid, cache)
+    exact = molecule.exact_matches(references, predictions, formula)
+    similarities = molecule.similarities(references, predictions, valid, exact["canonical_match"] > 0, cache)
     return {
         "bleu": caption.bleu_of_sums(np.array([columns[name].sum() for name in caption.BLEU_COLUMNS])),
-        "exact_match": molecule.exact_matches(references, predictions, formula)["exact_match"].mean(),
+        "exact_match": exact["exact_match"].mean(),
         "levenshtein": molecule.levenshtein(references, predictions).mean(),
         "validity": valid.mean(),
         "uniqueness": np.nanmean(molecule.uniqueness(predictions, valid)),

@@ -55,7 +55,7 @@ def test_small_set_by_hand():
 
 def test_fingerprints_equal_rdkit():
     valid = np.array([True, True, True, False, False, True])
-    found = molecule.similarities(REFERENCES, PREDICTIONS, valid)
+    found = molecule.similarities(REFERENCES, PREDICTIONS, valid, np.zeros(6, bool))
     old_morgan = lambda m: AllChem.GetMorganFingerprint(m, 2)
     kinds = {"maccs": MACCSkeys.GenMACCSKeys, "rdk": Chem.RDKFingerprint, "morgan": old_morgan}
     for key, fingerprint in kinds.items():

@@ -232,13 +232,15 @@ def _molecules(references, predictions, counts: dict, chrf_threshold, delta_thre
     counts["overlong_prediction"] = sum(len(p) > molecule.MAX_CHARACTERS for p in predictions)
     doubled = {"reference": references, "prediction": predictions}
     counts |= {f"doubled_backslash_{side}": sum("\\\\" in s for s in texts) for side, texts in doubled.items()}
+    exact = molecule.exact_matches(references, predictions, formula, num_workers)
+    same = exact["canonical_match"] > 0
     delta = np.array([len(p) - len(r) for r, p in zip(references, predictions, strict=True)], float)
     per_example = {
         **_bleu_of_characters("bleu", references, predictions),
-        **molecule.exact_matches(references, predictions, formula, num_workers),
+        **exact,
         "levenshtein": molecule.levenshtein(references, predictions),
         "validity": valid.astype(float),
-        **molecule.similarities(references, predictions, valid, cache_dir, num_workers),
+        **molecule.similarities(references, predictions, valid, same, cache_dir, num_workers),
         "chrf": chrf(references, predictions),
         "delta_len": delta,
         "uniqueness": molecule.uniqueness(predictions, valid),
@@ -253,7 +255,7 @@ def _molecules(references, predictions, counts: dict, chrf_threshold, delta_thre
     version = importlib.metadata.version("rdkit")
     as_is = "characters as they are in the file"
     once = "characters, ChEBI-20's doubled backslashes made single on both sides"
-    tanimoto = f"RDKit {version}, mean Tanimoto; equal SMILES 1"
+    tanimoto = f"RDKit {version}, mean Tanimoto; equal molecules 1"
     over = {"": "over valid predictions (MolT5)", "_invalid0": "an invalid prediction 0 (L+M-24)"}
     kinds = {
         "maccs": "MACCS keys",

@@ -4,6 +4,7 @@ RDKit's share, nearly all of the time, runs in a pool of processes over the dist
 for the references (`cache_dir`). Nothing is computed twice for a SMILES, nor at all for a pair of equal strings.
 """
 
+import functools
 import hashlib
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -80,13 +81,18 @@ def in_processes(function, items: list, num_workers: int | None = None) -> list:
         return _quietly(function, items)
     order = sorted(range(len(items)), key=lambda i: -len(items[i]))
     chunks = [order[start :: 8 * workers] for start in range(8 * workers)]
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        futures = [pool.submit(_quietly, function, [items[i] for i in chunk]) for chunk in chunks]
-        results = [None] * len(items)
-        for chunk, future in zip(chunks, futures, strict=True):
-            for i, result in zip(chunk, future.result(), strict=True):
-                results[i] = result
+    futures = [_pool(workers).submit(_quietly, function, [items[i] for i in chunk]) for chunk in chunks]
+    results = [None] * len(items)
+    for chunk, future in zip(chunks, futures, strict=True):
+        for i, result in zip(chunk, future.result(), strict=True):
+            results[i] = result
     return results
+
+
+@functools.cache
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Forked once and kept: RDKit need not be imported again, and memory is not copied again for each metric."""
+    return ProcessPoolExecutor(workers, mp_context=get_context("fork"))
 
 
 def formulas(smiles: list[str], num_workers: int | None = None) -> dict[str, str]:
@@ -102,8 +108,8 @@ def exact_matches(references, predictions, formula: dict[str, str], num_workers=
     result = np.zeros((len(references), 3))
     open_pairs = {}
     for i, pair in enumerate(zip(references, predictions, strict=True)):
-        if pair[0] == pair[1] and "*" not in pair[0]:
-            result[i] = 1
+        if pair[0] == pair[1]:
+            result[i] = "*" not in pair[0], True, True
         elif formula[pair[0]] == formula[pair[1]]:
             open_pairs.setdefault(pair, []).append(i)
     for pair, found in zip(open_pairs, in_processes(_matches, list(open_pairs), num_workers), strict=True):
@@ -120,23 +126,25 @@ def scaffold_match(references, predictions, valid: np.ndarray, num_workers=None)
 
 
 def similarities(
-    references: list[str], predictions: list[str], valid: np.ndarray, cache_dir=None, num_workers: int | None = None
+    references: list[str], predictions: list[str], valid: np.ndarray, same: np.ndarray, cache_dir=None, num_workers=None
 ) -> dict[str, np.ndarray]:
-    """Tanimoto similarity of n pairs, `(n,)` each, NaN where the prediction is invalid.
+    """Tanimoto similarity of n pairs, `(n,)` each, NaN where the prediction is not `valid`, 1 where it is the `same`.
+
+    `same`: pairs of one canonical SMILES, whose fingerprints need not be computed to be equal.
 
     `maccs`: 166 MACCS keys; `rdk`: RDKit's path fingerprint (paths 1 to 7, 2048 bits); `morgan`: sparse counts, radius
-    2. As MolT5's fingerprint_metrics.py, but equal SMILES score 1 also where their fingerprint is empty (methane's),
+    2. As MolT5's fingerprint_metrics.py, but equal molecules score 1 also where their fingerprint is empty (methane's),
     which RDKit's Tanimoto calls 0.
     """
-    pairs = zip(references, predictions, valid, strict=True)
-    unequal = list(dict.fromkeys((r, p) for r, p, ok in pairs if ok and r != p))
+    pairs = zip(references, predictions, valid & ~same, strict=True)
+    unequal = list(dict.fromkeys((r, p) for r, p, compare in pairs if compare))
     wanted = references if cache_dir else [r for r, _ in unequal]  # a cache serves other systems' outputs too
     of = _cached_fingerprints(wanted, [p for _, p in unequal], cache_dir, num_workers)
     scores = _compare_fingerprints([of[r] for r, _ in unequal], [of[p] for _, p in unequal]) if unequal else ()
     known = dict(zip(unequal, scores, strict=True))
     table = np.full((len(references), 3), np.nan)
     for i in np.flatnonzero(valid):
-        table[i] = known.get((references[i], predictions[i]), 1.0)
+        table[i] = 1.0 if same[i] else known[references[i], predictions[i]]
     return {key: table[:, k] for k, key in enumerate(("maccs", "rdk", "morgan"))}
 
 
