@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.utils import is_torch_npu_available, is_torch_xpu_available
 
 from lmolt import losses, reference, resume
 from lmolt.batches import (
@@ -102,6 +103,8 @@ class PreferenceArguments(TrainingArguments):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
         self.output_dir = self.output_dir or f"runs/{self.loss}"
+        if not (torch.cuda.is_available() or is_torch_xpu_available() or is_torch_npu_available()):
+            self.use_cpu = True  # a laptop needs no flag; Apple's GPUs have neither NF4 nor float64
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False  # nothing would say which is the best
         super().__post_init__()
