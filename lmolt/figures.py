@@ -175,29 +175,33 @@ def draw(smiles: str, reference: str | None = None, size: tuple[int, int] = _CEL
     """PNG of a molecule, atoms outside the largest part shared with `reference` marked; None where `smiles` is none."""
     with BlockLogs():  # what is no molecule is an expected answer
         molecule = Chem.MolFromSmiles(smiles) if 0 < len(smiles) <= 2000 else None
-        target = Chem.MolFromSmiles(reference) if reference else None
-    if molecule is None or not molecule.GetNumAtoms():
-        return None
-    rdDepictor.SetPreferCoordGen(True)
-    rdDepictor.Compute2DCoords(molecule)
-    marked = []
-    if target is not None:
-        rdDepictor.Compute2DCoords(target)
-        found = rdFMCS.FindMCS([target, molecule], timeout=1, ringMatchesRingOnly=True, completeRingsOnly=True)
-        shared = Chem.MolFromSmarts(found.smartsString) if found.numAtoms > 2 else None
-        if shared is not None:
-            rdDepictor.GenerateDepictionMatching2DStructure(molecule, target, refPatt=shared, acceptFailure=True)
-        inside = set(molecule.GetSubstructMatch(shared)) if shared is not None else set()
-        marked = [a.GetIdx() for a in molecule.GetAtoms() if a.GetIdx() not in inside]
-    canvas = rdMolDraw2D.MolDraw2DCairo(*size)
-    options = canvas.drawOptions()
-    options.setHighlightColour((0.96, 0.72, 0.50))
-    options.padding = 0.06
-    options.bondLineWidth = 2.5 if size[0] > 300 else 1
-    options.minFontSize = 10 if size[0] > 300 else 6
-    rdMolDraw2D.PrepareAndDrawMolecule(canvas, molecule, highlightAtoms=marked)
-    canvas.FinishDrawing()
-    return canvas.GetDrawingText()
+        if molecule is None or not molecule.GetNumAtoms():
+            return None
+        large, marked = size[0] > 300, []
+        rdDepictor.SetPreferCoordGen(large)  # the better layout, in ten times the time
+        rdDepictor.Compute2DCoords(molecule)
+        if reference is not None:
+            marked = _lay_over(molecule, Chem.MolFromSmiles(reference))
+        canvas = rdMolDraw2D.MolDraw2DCairo(*size)
+        options = canvas.drawOptions()
+        options.setHighlightColour((0.96, 0.72, 0.50))
+        options.padding = 0.06
+        options.bondLineWidth = 2.5 if large else 1
+        options.minFontSize = 10 if large else 6
+        rdMolDraw2D.PrepareAndDrawMolecule(canvas, molecule, highlightAtoms=marked)
+        canvas.FinishDrawing()
+        return canvas.GetDrawingText()
+
+
+def _lay_over(molecule: Chem.Mol, target: Chem.Mol) -> list[int]:
+    """Turn `molecule` so that the largest part shared with `target` lies as there; the atoms outside that part."""
+    rdDepictor.Compute2DCoords(target)
+    found = rdFMCS.FindMCS([target, molecule], timeout=1, ringMatchesRingOnly=True, completeRingsOnly=True)
+    if found.numAtoms < 3:
+        return list(range(molecule.GetNumAtoms()))
+    shared = Chem.MolFromSmarts(found.smartsString)
+    rdDepictor.GenerateDepictionMatching2DStructure(molecule, target, refPatt=shared, acceptFailure=True)
+    return sorted(set(range(molecule.GetNumAtoms())) - set(molecule.GetSubstructMatch(shared)))
 
 
 def unsupported(reference: str, prediction: str) -> list[tuple[str, bool]]:

@@ -9,7 +9,7 @@ from lmolt import figures
 from lmolt.prompts import MOL2CAP
 from lmolt.tables import Table
 
-MOST_ROWS = 2000  # examples a direction that the page keeps; browsers stay quick
+MOST_ROWS = 1000  # examples a direction that the page keeps; browsers stay quick
 MOST_DRAWN = 60  # examples a direction whose molecules are drawn
 MOST_OPEN = 12  # rows of a table that is not folded away
 LONGEST = 2000  # characters of a text that are kept
