@@ -80,7 +80,7 @@ def distributions(panels: list[tuple[str, str, dict[str, np.ndarray]]]) -> bytes
             if edges[0] < 0 < edges[-1]:
                 axis.axvline(0, color="#999999", linewidth=0.7, zorder=0)
             if outside:
-                label += f"\n{100 * outside:.1f} % lie beyond the axis, counted in its end bins"
+                label += f"\n{100 * outside:.1f} % beyond the axis, in its end bins"
             axis.set(xlabel=label, ylabel="examples (%)", xlim=(edges[0], edges[-1]))
             axis.set_title(title, pad=9)
             axis.set_ylim(bottom=0)

@@ -256,7 +256,8 @@ def _note(run: Run, direction: str, i: int) -> str:
 def _examples(runs: list[Run], direction: str) -> dict:
     """What report.html's browser of examples shows: rows with every system's output and per-example scores."""
     having = [run for run in runs if direction in run.rows]
-    keys = [k for k in MEASURES[direction] if all(k in run.scores[direction] for run in having)]
+    shared = [k for k in MEASURES[direction] if all(k in run.scores[direction] for run in having)]
+    keys = [k for k in shared if k != "uniqueness"]  # says nothing of one example
     ranking = primary(having, direction)
     keys.sort(key=lambda k: k != ranking)  # the measure that the browser opens with
     columns = [np.stack([run.scores[direction][k] for k in keys], axis=1) for run in having]  # S times (n, measures)
