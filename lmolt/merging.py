@@ -1,0 +1,299 @@
+"""Fusing checkpoints of one architecture: linear, SLERP, TIES and DARE-TIES, streamed in small pieces.
+
+Per tensor, base b, models x_i, weights w_i, density rho (Yadav et al., arXiv:2306.01708, as in mergekit 0.1.5):
+
+    linear  y = sum w_i x_i / sum w_i
+    SLERP   y = sin((1-t)theta)/sin(theta) x_0 + sin(t theta)/sin(theta) x_1,   cos(theta) = <x_0, x_1> / |x_0||x_1|
+            (linear where |cos(theta)| > 0.9995)
+    TIES    d_i = x_i - b, of which the k = max(1, int(rho n)) largest magnitudes stay (of equal ones, the first);
+            v_i = w_i d_i;  elected sign: that of sum v_i, + for 0;  m_i = [sign v_i = elected]
+            y = b + lambda * (sum v_i m_i) / (sum w_i m_i)        (the divisor is left out without `normalize`)
+    DARE    the same, but each d_i stays with probability rho, and is divided by it (arXiv:2311.03099)
+
+Everything is worked out in float32 (float64 where an input or the output is float32) and rounded once;
+`rounding="mergekit"` rounds to the stored type after every step, as mergekit does.
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import numpy as np
+
+from lmolt.checkpoints import Checkpoint, decode, encode
+
+METHODS = ("ties", "slerp", "linear", "dare_ties")
+
+
+@dataclass
+class Recipe:
+    """How to merge. `weights`, `density`: one a model; `weights_for` {pattern of tensor names: weights}."""
+
+    method: str
+    weights: list[float]
+    density: list[float] = field(default_factory=list)
+    normalize: bool = True
+    scale: float = 1.0  # lambda
+    rounding: str = "once"  # or "mergekit"
+    seed: int = 0  # of DARE's mask
+    weights_for: dict[str, list[float]] = field(default_factory=dict)
+
+    def weights_of(self, name: str) -> list[float]:
+        """The last pattern found in the tensor's name decides."""
+        for pattern, weights in reversed(self.weights_for.items()):
+            if re.search(pattern, name):
+                return weights
+        return self.weights
+
+
+def check_recipe(recipe: Recipe, models: list[Checkpoint], base: Checkpoint | None) -> None:
+    """`ValueError` where the numbers don't fit the method or the number of models."""
+    count = len(models)
+    if recipe.method == "slerp" and count != 2:
+        raise ValueError(f"SLERP is between exactly two models, not {count}; linear and ties take any number")
+    if recipe.method in ("ties", "dare_ties") and base is None:
+        raise ValueError(f"{recipe.method} needs --base: the model that all of --models were trained from")
+    if recipe.method in ("slerp", "linear") and base is not None:
+        raise ValueError(f"{recipe.method} has no base; leave --base out, or use --method ties")
+    if count < 1 or (count < 2 and base is None):
+        raise ValueError(f"--models has {count} model; merging takes two or more")
+    for option, weights in {"--weights": recipe.weights, **recipe.weights_for}.items():
+        if len(weights) != count:
+            raise ValueError(f"{option}: {len(weights)} weights for {count} models; give one each, in --models' order")
+        if not all(map(math.isfinite, weights)):
+            raise ValueError(f"{option}: weights must be finite, not {weights}")
+        if recipe.method in ("slerp", "linear") and sum(weights) == 0:
+            raise ValueError(f"{option}: weights {weights} add up to 0, by which {recipe.method} divides")
+        if recipe.method == "slerp" and min(weights) < 0:
+            raise ValueError(f"{option}: SLERP's weights are shares of the way, none below 0, not {weights}")
+    names = list(models[0].entries)
+    for pattern in recipe.weights_for:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(f"--weights_for {pattern!r}: no tensor has such a name; the first are {names[:3]}")
+    if len(recipe.density) != count and recipe.method in ("ties", "dare_ties"):
+        raise ValueError(f"--density: {len(recipe.density)} values for {count} models; give one, or one each")
+    if not all(0 < density <= 1 for density in recipe.density):
+        raise ValueError(f"--density must lie in (0, 1], not {recipe.density}")
+
+
+def check_checkpoints(checkpoints: list[Checkpoint], dtype: str | None) -> str:
+    """Compare what the headers and configs say; the output's type. `ValueError` names the folders and the remedy."""
+    first = checkpoints[0]
+    for other in checkpoints:
+        tied = [bool(c.config.get("tie_word_embeddings")) for c in (first, other)]
+        odd = sorted(set(first.entries) ^ set(other.entries))
+        if tied[0] != tied[1] or odd == ["lm_head.weight"]:
+            raise ValueError(
+                f"{first.folder} and {other.folder}: one ties its head to the embedding, the other does not. Untie the "
+                "tied one: model.lm_head.weight = Parameter(model.model.embed_tokens.weight.clone()), "
+                "config.tie_word_embeddings = False, save_pretrained"
+            )
+        if odd:
+            where = (first if odd[0] in first.entries else other).folder
+            raise ValueError(f"{first.folder} and {other.folder}: {len(odd)} tensors in one only; {odd[0]} in {where}")
+        for name, entry in first.entries.items():
+            here, there = entry.shape, other.entries[name].shape
+            if here == there:
+                continue
+            if here[1:] == there[1:] and re.search(r"embed|lm_head|wte|shared", name):
+                raise ValueError(
+                    f"{first.folder} has a vocabulary of {here[0]}, {other.folder} one of {there[0]} ({name}). Tokens are "
+                    f"merged by number: use one tokenizer, and model.resize_token_embeddings({max(here[0], there[0])})"
+                )
+            raise ValueError(f"{name}: {list(here)} in {first.folder}, {list(there)} in {other.folder}; other models?")
+        if first.config.get("model_type") != other.config.get("model_type"):
+            kinds = first.config.get("model_type"), other.config.get("model_type")
+            raise ValueError(f"{first.folder} is a {kinds[0]}, {other.folder} a {kinds[1]}; merge models of one kind")
+    kinds = {entry.dtype for checkpoint in checkpoints for entry in checkpoint.entries.values()}
+    if dtype is None and len(kinds) > 1:
+        raise ValueError(f"the models hold several types ({', '.join(sorted(kinds))}); say --dtype of the output")
+    return dtype or kinds.pop()
+
+
+# --- formulas, on flat arrays of one working type
+
+
+def slerp_coefficients(dots: np.ndarray, t: float) -> tuple[float, float, bool]:
+    """Factors of the two *unnormalised* tensors, and whether they are linear's; `dots` (2, 2): inner products."""
+    norms = [norm if norm > 1e-8 else 1.0 for norm in np.sqrt(np.diag(dots)).tolist()]
+    cosine = min(1.0, max(-1.0, float(dots[0, 1]) / (norms[0] * norms[1])))
+    if abs(cosine) > 0.9995:
+        return 1 - t, t, True
+    theta = math.acos(cosine)
+    return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta), False
+
+
+def weighted_sum(values: list[np.ndarray], factors: list[float]) -> np.ndarray:
+    """sum_i f_i x_i, added in order."""
+    total = values[0] * values[0].dtype.type(factors[0])
+    for value, factor in zip(values[1:], factors[1:], strict=True):
+        total += value * value.dtype.type(factor)
+    return total
+
+
+def elect(deltas: list[np.ndarray], weights: list[float], normalize: bool, scale: float, rounded=lambda x: x):
+    """TIES' last two steps on trimmed deltas: what is added to the base. `rounded` is applied after every step."""
+    number = deltas[0].dtype.type
+    weights = [rounded(np.array([weight], number)) for weight in weights]
+    votes = [rounded(delta * weight) for delta, weight in zip(deltas, weights, strict=True)]
+    positive = rounded(sum(votes)) >= 0
+    total, divisor = np.zeros_like(votes[0]), np.zeros_like(votes[0])
+    for vote, weight in zip(votes, weights, strict=True):
+        agrees = (vote > 0) == positive
+        agrees &= vote != 0
+        total += vote * agrees
+        divisor += weight * agrees
+    total = rounded(total)
+    if normalize:
+        divisor = rounded(divisor)
+        divisor += divisor == 0
+        total = rounded(total / divisor)
+    return total if scale == 1 else rounded(total * number(scale))
+
+
+def trim_threshold(magnitudes: Callable[[], Iterator[np.ndarray]], size: int, density: float) -> tuple[float, int]:
+    """The k-th largest magnitude, k = max(1, int(density size)), and how many of those equal to it stay.
+
+    A radix select: the bits of a positive float order as integers, and each reading of the tensor settles 16 of them.
+    """
+    left, prefix = max(1, int(density * size)), 0
+    width = next(magnitudes()).itemsize * 8
+    unsigned = np.dtype(f"u{width // 8}")
+    for shift in range(width - 16, -1, -16):
+        counts = np.zeros(1 << 16, np.int64)
+        for piece in magnitudes():
+            bits = piece.view(unsigned)
+            if shift < width - 16:
+                bits = bits[bits >> (shift + 16) == prefix]
+            counts += np.bincount(((bits >> shift) & 0xFFFF).astype(np.intp), minlength=1 << 16)
+        digit = 0xFFFF - int(np.searchsorted(np.cumsum(counts[::-1]), left))
+        left -= int(counts[digit + 1 :].sum())
+        prefix = prefix << 16 | digit
+    return float(np.array([prefix], unsigned).view(f"f{width // 8}")[0]), left
+
+
+class Trim:
+    """Masks of one model's deltas, piece after piece: the largest, and of those equal to the threshold the first."""
+
+    def __init__(self, threshold: float, ties: int):
+        self.threshold, self.ties = threshold, ties
+
+    def __call__(self, delta: np.ndarray) -> np.ndarray:
+        magnitude = np.abs(delta)
+        keep = magnitude > self.threshold
+        if self.ties:
+            equal = np.flatnonzero(magnitude == self.threshold)[: self.ties]
+            keep[equal] = True
+            self.ties -= len(equal)
+        return keep
+
+
+# --- one tensor, streamed
+
+
+def merge_tensor(
+    name: str,
+    models: list[Checkpoint],
+    base: Checkpoint | None,
+    recipe: Recipe,
+    dtype: str,
+    write: Callable[[np.ndarray], None],
+) -> dict:
+    """Merge one tensor, `write` its encoded pieces, and return what became of it.
+
+    The record: `size`, `inner` (inner products of the inputs, or of their deltas from the base, and last of the output
+    as stored), `linear` (SLERP fell back), `conflicts` (values whose kept votes disagree in sign).
+    """
+    sources = [*models, base] if base else models
+    float32 = dtype == "F32" or any(source.entries[name].dtype == "F32" for source in sources)
+    work = np.float64 if float32 and recipe.rounding == "once" else np.float32
+    rounded = (lambda x: decode(encode(x, dtype), dtype)) if recipe.rounding == "mergekit" else (lambda x: x)
+    weights = recipe.weights_of(name)
+    record = {"size": models[0].entries[name].size}
+    inner = np.zeros((len(models) + 1, len(models) + 1))
+
+    if base:
+        combine = ties_combiner(name, models, base, recipe, work, rounded, record)
+    elif recipe.method == "slerp":
+        dots = np.zeros((2, 2))
+        for pair in zip(*(model.read(name, work) for model in models), strict=True):
+            add_inner_products(dots, pair)
+        *factors, record["linear"] = slerp_coefficients(dots, weights[1] / sum(weights))
+        combine = lambda pieces: (weighted_sum(pieces, factors), pieces, None)
+    else:
+        total = work(0)
+        for weight in weights:
+            total += work(weight)
+        combine = lambda pieces: (weighted_sum(pieces, weights) / total, pieces, None)
+
+    for pieces in zip(*(source.read(name, work) for source in sources), strict=True):
+        merged, vectors, origin = combine(pieces)
+        stored = encode(merged, dtype)
+        write(stored)
+        outcome = decode(stored, dtype, work)
+        add_inner_products(inner, [*vectors, outcome if origin is None else outcome - origin])
+    if not np.isfinite(inner).all():
+        raise ValueError(f"{name}: the merged values leave the range of {dtype}; take another --dtype or other weights")
+    return {**record, "inner": inner.tolist()}
+
+
+def ties_combiner(name, models, base, recipe, work, rounded, record):
+    """The function that turns a piece of every model and the base into (merged, deltas, base) by TIES or DARE-TIES."""
+
+    def magnitudes(model: Checkpoint) -> Iterator[np.ndarray]:
+        for x, b in zip(model.read(name, work), base.read(name, work), strict=True):
+            x -= b
+            delta = rounded(x)
+            yield np.abs(delta, out=delta)
+
+    def dropout(index: int, density: float) -> Callable[[np.ndarray], np.ndarray]:
+        random = np.random.default_rng([recipe.seed, zlib.crc32(name.encode()), index])
+        return lambda delta: (random.random(delta.size, np.float32) < density) / work(density)
+
+    trims = []
+    for index, (model, density) in enumerate(zip(models, recipe.density, strict=True)):
+        if density == 1 or not record["size"]:
+            trims.append(None)
+        elif recipe.method == "dare_ties":
+            trims.append(dropout(index, density))
+        else:
+            trims.append(Trim(*trim_threshold(lambda model=model: magnitudes(model), record["size"], density)))
+    weights, record["conflicts"] = recipe.weights_of(name), 0
+
+    def combine(pieces):
+        *values, origin = pieces
+        deltas = [rounded(value - origin) for value in values]
+        kept = [delta if trim is None else delta * trim(delta) for delta, trim in zip(deltas, trims, strict=True)]
+        votes = [delta if weight >= 0 else -delta for delta, weight in zip(kept, weights, strict=True) if weight]
+        if len(votes) > 1:
+            above, below = votes[0] > 0, votes[0] < 0
+            for vote in votes[1:]:
+                above |= vote > 0
+                below |= vote < 0
+            record["conflicts"] += int(np.count_nonzero(above & below))
+        return origin + elect(kept, weights, recipe.normalize, recipe.scale, rounded), deltas, origin
+
+    return combine
+
+
+def add_inner_products(total: np.ndarray, vectors) -> None:
+    """Add each pair's inner product to the symmetric `total`."""
+    for (i, x), (j, y) in combinations([*enumerate(vectors)], 2):
+        total[i, j] = total[j, i] = total[i, j] + float(np.dot(x, y))
+    for i, x in enumerate(vectors):
+        total[i, i] += float(np.dot(x, x))
+
+
+def effective_weights(inner: np.ndarray) -> list[float]:
+    """Least squares of the output (last row) on the inputs: what the merge made of the weights that were asked for."""
+    return np.linalg.lstsq(inner[:-1, :-1], inner[:-1, -1], rcond=1e-12)[0].tolist()
+
+
+def cosines(inner: np.ndarray) -> list[float]:
+    """Cosine of each pair of inputs, (0, 1), (0, 2), ..., (1, 2), ...; 0 where one of them is all zero."""
+    norms = np.sqrt(np.diag(inner))
+    pairs = combinations(range(len(inner) - 1), 2)
+    return [float(inner[i, j] / (norms[i] * norms[j])) if norms[i] * norms[j] else 0.0 for i, j in pairs]
