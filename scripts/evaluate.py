@@ -167,9 +167,6 @@ def evaluate(args: argparse.Namespace) -> None:
         return
 
     # ---- scores
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "metrics.json").unlink(missing_ok=True)  # written last: where it is, the folder is whole
-    write_table(rows, args.output / "predictions.parquet")
     run = Run(args.name or args.output.resolve().name, args.output, record={})
     scores, parts = [], {}
     for direction in dict.fromkeys(row["direction"] for row in rows):
@@ -201,9 +198,12 @@ def evaluate(args: argparse.Namespace) -> None:
         columns = {key: values.tolist() for key, values in run.scores[direction].items()}
         for i, row in enumerate(mine):
             scores.append({"id": row["id"], "direction": direction} | {key: v[i] for key, v in columns.items()})
-    write_table(scores, args.output / "scores.parquet")
 
-    # ---- record and report
+    # ---- files
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "metrics.json").unlink(missing_ok=True)  # written last: where it is, the folder is whole
+    write_table(rows, args.output / "predictions.parquet")
+    write_table(scores, args.output / "scores.parquet")
     run.record |= {
         "system": run.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
