@@ -4,7 +4,10 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+# One thread a process: the tests' models are tiny, and several processes on few cores wait for each other else.
+os.environ.update(
+    OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "")
+)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -39,7 +42,9 @@ def tiny_policy(tmp_path_factory) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*TEMPLATES.values(), "The molecule is an aromatic amine.", "CC(=O)Nc1ccccc1"], trainer)
+    tokenizer.train_from_iterator(
+        [*TEMPLATES.values(), "The molecule is an aromatic amine.", "CC(=O)Nc1ccccc1"], trainer
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder)
     torch.manual_seed(0)

@@ -25,7 +25,7 @@ QUICK = ["--use_cpu", "true", "--bf16", "false", "--load_in_4bit", "false", "--g
 def start(*arguments, **kwargs) -> subprocess.Popen:
     command = [sys.executable, ROOT / "scripts" / "train_pref.py", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **(pipes | kwargs))
+    return subprocess.Popen(command, **(pipes | kwargs))
 
 
 def run(*arguments) -> tuple[int, str, str]:
