@@ -134,7 +134,7 @@ def run_ours(args, loss: str, folder: Path, triples: list[dict], output_dir: str
     )
     base = models.load_base(str(folder), load_in_4bit=args.nf4, dtype=torch.bfloat16 if args.bf16 else torch.float32)
     trainer = PreferenceTrainer(get_peft_model(base, lora()), arguments, examples, [], processing_class=tokenizer)
-    trainer._packing_checked = True  # once a run; it would count fully in the first of these few steps
+    trainer._first_batch_checked = True  # once a run; it would count fully in the first of these few steps
     once = 0.0
     if loss in losses.USES_REFERENCE:
         started = time.perf_counter()
@@ -170,7 +170,7 @@ def run_trl(args, loss: str, folder: Path, triples: list[dict], output_dir: str,
         from trl import SFTTrainer as Trainer
 
         rows = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows]
-        arguments |= {"completion_only_loss": True, "max_length": 4096}
+        arguments |= {"completion_only_loss": True, "max_length": None}
     elif loss == "dpo":
         from trl import DPOConfig as Config
         from trl import DPOTrainer as Trainer

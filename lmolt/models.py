@@ -70,7 +70,7 @@ def load_base(name: str, *, revision=None, load_in_4bit=False, dtype=torch.bfloa
     return model
 
 
-def add_adapter(model, adapter: str | None, *, r: int, alpha: int, dropout: float, target_modules):
+def add_adapter(model, adapter: str | None, *, r: int, alpha: int, dropout: float, target_modules: str):
     """The trainable policy: a fresh LoRA (B = 0, so the policy starts as its base), or `adapter` continued."""
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight at its first forward pass in eval mode, for a
@@ -95,7 +95,7 @@ def add_adapter(model, adapter: str | None, *, r: int, alpha: int, dropout: floa
 def check_saved_adapter(folder: Path, model) -> None:
     """Read a saved adapter back: the same tensors as in `model`, none empty, all finite. `ValueError` otherwise.
 
-    ZeRO-3 is known to save empty tensors in silence; there, what this rank holds is empty too and only shapes are compared.
+    ZeRO-3 is known to save empty tensors in silence; there, what this rank holds is empty too, and not compared.
     """
     saved, held = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(model)
     if not saved or saved.keys() != held.keys():

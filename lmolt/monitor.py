@@ -15,7 +15,8 @@ from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP, build_prompt
 logger = logging.getLogger(__name__)
 
 TRANSLATION_SCORES = {MOL2CAP: ("bleu2",), CAP2MOL: ("validity", "exact_match", "morgan")}
-COLUMNS = ("pairs", "chosen", "rejected", "accuracies", "logp_chosen", "tokens_chosen", "logp_rejected", "tokens_rejected")  # fmt: skip
+COLUMNS = ("pairs", "chosen", "rejected", "accuracies", "logp_chosen", "tokens_chosen", "logp_rejected")
+COLUMNS += ("tokens_rejected",)
 
 
 class Statistics:
@@ -161,7 +162,9 @@ class Efficiency:
 
     def summary(self, flops: float) -> dict:
         wall = self.wall_seconds + time.perf_counter() - self._started
-        energy = None if self._energy_at_start is None else self._energy_before + _gpu_energy_joules() - self._energy_at_start  # fmt: skip
+        energy = _gpu_energy_joules()
+        if energy is not None:
+            energy += self._energy_before - self._energy_at_start
         return {
             "wall_seconds": wall,
             "tokens": self.packed_tokens,

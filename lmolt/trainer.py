@@ -105,6 +105,8 @@ class PreferenceArguments(TrainingArguments):
         self.output_dir = self.output_dir or f"runs/{self.loss}"
         if not (torch.cuda.is_available() or is_torch_xpu_available() or is_torch_npu_available()):
             self.use_cpu = True  # a laptop needs no flag; Apple's GPUs have neither NF4 nor float64
+        if self.fp16:
+            self.bf16 = False  # which is on by default
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False  # nothing would say which is the best
         super().__post_init__()
@@ -149,7 +151,7 @@ class PreferenceTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.efficiency = Efficiency(model)
         self.statistics = Statistics(args)
-        self._packing_checked = False
+        self._first_batch_checked = False
 
     # --- batches
 
@@ -250,29 +252,32 @@ class PreferenceTrainer(Trainer):
         return loss.float(), self.statistics.of(examples, chosen.detach(), rejected.detach(), *references)
 
     def compute_loss(self, model, inputs: MicroBatch, return_outputs=False, num_items_in_batch=None):
-        self._check_packing(model, inputs)
+        self._check_first_batch(model, inputs)
         loss, statistics = self._forward(model, inputs, **num_items_in_batch)
         self.statistics.add(statistics)
         # DDP, FSDP and DeepSpeed average gradients over ranks; the shares of a global mean have to be summed
         return loss * self.args.world_size
 
-    def _check_packing(self, model, batch: MicroBatch) -> None:
-        """On the first real batch: one triple's log-probabilities as a tree and as padded rows must agree."""
-        if self._packing_checked or self.args.packing == "padded":
+    def _check_first_batch(self, model, batch: MicroBatch) -> None:
+        """On one triple, dropout off: tree and padded rows agree, and before the first step so does the reference."""
+        if self._first_batch_checked:
             return
-        self._packing_checked = True
+        self._first_batch_checked = True
         example = batch.examples[0]
         sequences = [(example.prompt, example.chosen), (example.prompt, example.rejected)]
         was_training = model.training
         model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
-            tree = tree_logps(model, build_tree(sequences).to(self.args.device), self.args.score_chunk)
             padded = padded_logps(model, sequences)
+            packed = padded
+            if self.args.packing == "tree":
+                packed = tree_logps(model, build_tree(sequences).to(self.args.device), self.args.score_chunk)
         model.train(was_training)
-        tokens = torch.tensor([len(output) for _, output in sequences], device=tree.device)
-        difference = ((tree - padded).abs() / tokens).max().item()
+        tokens = torch.tensor([len(output) for _, output in sequences], device=padded.device)
+        per_token = lambda other: ((other - padded).abs() / tokens).max().item()
         low_precision = self.args.bf16 or self.args.fp16 or next(self.model.parameters()).dtype != torch.float32
         allowed = 0.05 if low_precision else 1e-4
+        difference = per_token(packed)
         if not difference <= allowed:
             raise ValueError(
                 f"triple {example.id!r}: log-probabilities of the tree and of padded rows differ by {difference:.2g} a "
@@ -280,6 +285,14 @@ class PreferenceTrainer(Trainer):
                 "mask. Use --packing padded"
             )
         logger.info("tree and padded rows agree on the first triple: %.1e a token", difference)
+        if self.args.loss in losses.USES_REFERENCE and self.state.global_step == 0:
+            difference = per_token(torch.tensor(example.reference[:2], dtype=torch.float64, device=padded.device))
+            if not difference <= allowed:
+                raise ValueError(
+                    f"triple {example.id!r}: before the first step, policy and reference differ by {difference:.2g} a "
+                    f"token, over the {allowed:g} that rounding explains; the cached reference is another model's. "
+                    f"Delete {reference.cache_folder()}"
+                )
 
     # --- evaluation, logging, saving
 

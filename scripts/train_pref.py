@@ -21,13 +21,13 @@ from collections import Counter
 from importlib.metadata import version
 
 import torch
-from lmolt.triples import read_triples
 from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging as hf_logging
 
 from lmolt import batches, losses, models, reference, resume
 from lmolt.recipes import apply_recipe
 from lmolt.trainer import PreferenceArguments, PreferenceTrainer
+from lmolt.triples import read_triples
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
 
@@ -76,40 +76,45 @@ def split_by_source(triples: list[dict], fraction: float) -> tuple[list[dict], l
     return [t for t in triples if not held_out(t)], [t for t in triples if held_out(t)]
 
 
-def main(argv: list[str]) -> None:
-    args = parse_arguments(argv)
-    set_seed(args.seed)
-    is_main = args.process_index == 0
-    say = print if is_main else lambda *_: None
-
-    # --- output folder, demo
-    checkpoint = check_output_dir(args)
-    demo_models = ROOT / "runs" / "demo"
-    if demo_models in (ROOT / args.triples).parents:
-        from lmolt import demo  # the embedded default: what it lacks is built on the first process
-
-        with args.main_process_first(desc="building the embedded default"):
-            demo.prepare()
-
-    # --- triples -> token ids
-    models.check_model_folder(args.model)
-    tokenizer = models.load_tokenizer(args.model, args.revision, args.trust_remote_code)
+def read_examples(args: PreferenceArguments, tokenizer) -> tuple[list, list, Counter]:
+    """Tokenized triples to train on and held out, and how many were dropped, by cause."""
     train = read_triples(args.triples)
     if args.eval_triples:
         held_out = read_triples(args.eval_triples)
     else:
         train, held_out = split_by_source(train, args.eval_fraction)
-    train, dropped = batches.encode_triples(train, tokenizer, args.max_length, args.max_length_policy)
+    encode = lambda rows: batches.encode_triples(rows, tokenizer, args.max_length, args.max_length_policy)
+    train, dropped = encode(train)
     if held_out:
-        held_out, dropped_too = batches.encode_triples(held_out, tokenizer, args.max_length, args.max_length_policy)
-        dropped += dropped_too
-    else:
-        args.eval_strategy, args.load_best_model_at_end = "no", False
-        say("no held-out triples: nothing is evaluated, and the last model is kept instead of the best")
+        held_out, more = encode(held_out)
+        dropped += more
     if args.loss == "kto":
         batches.assign_mismatches(train + held_out, args.seed)
+    return train, held_out, dropped
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
+    set_seed(args.seed)
+    say = print if args.process_index == 0 else lambda *_: None
     count = lambda examples: dict(sorted(Counter(e.direction for e in examples).items()))
-    say(f"reads {args.triples}: {count(train)} to train on, {count(held_out)} held out, dropped {dict(dropped) or 0}")
+
+    # --- output folder, the embedded default
+    checkpoint = check_output_dir(args)
+    if ROOT / "runs" / "demo" in (ROOT / args.triples).parents:
+        from lmolt import demo
+
+        with args.main_process_first(desc="building what the embedded default lacks"):
+            demo.prepare()
+
+    # --- triples -> token ids
+    models.check_model_folder(args.model)
+    tokenizer = models.load_tokenizer(args.model, args.revision, args.trust_remote_code)
+    train, held_out, dropped = read_examples(args, tokenizer)
+    say(f"reads {args.triples}: {count(train)} to train on, {count(held_out)} held out, {dict(dropped) or 0} dropped")
+    if not held_out:
+        args.eval_strategy, args.load_best_model_at_end = "no", False
+        say("no held-out triples: nothing is evaluated, and the last model is kept instead of the best")
 
     # --- policy
     base = models.load_base(
@@ -119,29 +124,27 @@ def main(argv: list[str]) -> None:
         dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
         trust_remote_code=args.trust_remote_code,
     )
-    targets = args.lora_target_modules
     policy = models.add_adapter(
         base,
         args.adapter,
         r=args.lora_r,
         alpha=args.lora_alpha,
         dropout=args.lora_dropout,
-        target_modules=targets if targets == "all-linear" else targets.split(","),
+        target_modules=args.lora_target_modules,
     )
     trainer = PreferenceTrainer(policy, args, train, held_out, processing_class=tokenizer)
 
     # --- reference
-    reference_name = f"adapter {args.adapter}, frozen" if args.adapter else f"base model {args.model}, adapter off"
+    reference_name = "none (the loss has no reference)"
     if args.loss in losses.USES_REFERENCE:
+        reference_name = f"adapter {args.adapter}, frozen" if args.adapter else f"base model {args.model}, adapter off"
         identity = {
             "base": reference.weights_identity(args.model, getattr(base.config, "_commit_hash", None)),
             "adapter": reference.weights_identity(args.adapter, None) if args.adapter else "",
             "precision": f"nf4={args.load_in_4bit} bf16={args.bf16} fp16={args.fp16}",
         }
-        say(f"reference: {reference_name}; its log-probabilities were {trainer.set_references(identity)}")
-    else:
-        reference_name = "none (the loss has no reference)"
-        say(f"reference: {reference_name}")
+        reference_name += f" (log-probabilities {trainer.set_references(identity)})"
+    say(f"reference: {reference_name}")
 
     # --- train
     if checkpoint is not None:
@@ -151,18 +154,15 @@ def main(argv: list[str]) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     # --- save
-    run = {
-        "arguments": {k: v for k, v in args.to_sanitized_dict().items() if "token" not in k or k == "tokens_per_batch"},
-        "reference": reference_name,
-        "data": {
-            "triples_sha256": reference.sha256_file(Path(args.triples)),
-            "train": count(train),
-            "evaluation": count(held_out),
-            "dropped": dict(dropped),
-        },
-        "versions": {name: version(name) for name in PACKAGES},
-    }
-    trainer.save_finished(run)
+    data = {"train": count(train), "evaluation": count(held_out), "dropped": dict(dropped)}
+    trainer.save_finished(
+        {
+            "arguments": {k: v for k, v in args.to_sanitized_dict().items() if not k.endswith("_token")},
+            "reference": reference_name,
+            "data": {"triples_sha256": reference.sha256_file(Path(args.triples))} | data,
+            "versions": {name: version(name) for name in PACKAGES},
+        }
+    )
     say(f"wrote {args.output_dir}: the adapter, its card, run.json, efficiency.json, trainer_state.json, training.png")
 
 

@@ -56,6 +56,7 @@ def step_gradient(trainer) -> torch.Tensor:
         iter(trainer.get_train_dataloader()), trainer.args.gradient_accumulation_steps, "cpu"
     )
     normalisers = trainer._normalisers(micro)
+    trainer._first_batch_checked = True  # the adapter was moved away from the reference on purpose
     trainer.model.train()
     for batch in micro:
         trainer.compute_loss(trainer.model, batch, num_items_in_batch=normalisers).backward()
@@ -233,7 +234,7 @@ def test_evaluation_leaves_nf4_training_its_gradients(tiny_policy, few_triples, 
             with torch.no_grad():
                 trainer._logps(trainer.model, [(e.prompt, e.chosen) for e in batch.examples])
             trainer.model.train()
-        trainer._packing_checked = True
+        trainer._first_batch_checked = True
         trainer.compute_loss(trainer.model, batch, num_items_in_batch=trainer._normalisers([batch])).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]))
     assert torch.equal(gradients[0], gradients[1])
@@ -257,3 +258,19 @@ def test_a_sample_is_translated_and_decides_the_best_model(tiny_policy, few_trip
     for key in ("mol2cap/bleu2", "cap2mol/validity", "cap2mol/exact_match"):
         assert 0 <= evaluated[f"eval_{key}"] <= 1
     assert trainer.state.best_metric == evaluated["eval_cap2mol/validity"]
+
+
+def test_a_reference_of_another_model_is_refused(tiny_policy, few_triples, tmp_path):
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path, loss="dpo")  # its adapter was moved away from its base
+    with pytest.raises(ValueError, match="before the first step, policy and reference differ"):
+        trainer.train()
+
+
+def test_a_second_run_finds_its_reference_and_another_model_does_not(tiny_policy, few_triples, tmp_path):
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path)
+    assert trainer.set_references({"base": "a", "adapter": ""}) == "computed"
+    first = [example.reference for example in trainer.train_dataset.examples]
+    again = make_trainer(tiny_policy, few_triples, tmp_path, seed=7)  # another random LoRA, the same reference
+    assert again.set_references({"base": "a", "adapter": ""}) == "cached"
+    assert [example.reference for example in again.train_dataset.examples] == first
+    assert again.set_references({"base": "a", "adapter": "b"}) == "computed"
