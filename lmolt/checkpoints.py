@@ -7,13 +7,18 @@ then the tensors' bytes. No torch here: numpy alone starts in 0.15 s and 25 MB, 
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import numpy as np
+
+# glibc returns each freed array of half a MiB to the system and faults its pages in again, a third of a merge's time,
+# until a larger one was freed; this one is never touched.
+np.empty(1 << 24, np.uint8)
 
 # numpy has no bfloat16: its bits travel as uint16
 STORAGE = {"BF16": np.dtype(np.uint16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
@@ -41,6 +46,20 @@ class Entry:
         return prod(self.shape)
 
 
+def find_folder(name: str, revision: str | None = None) -> Path:
+    """The folder `name`, or that of the Hub id `name` after downloading what merging needs (never pickled weights)."""
+    if Path(name).is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.safetensors", "model.safetensors.index.json", "adapter_config.json", *COPIED]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"{name}: no such folder here, and not to be had from the Hub: {error}") from error
+
+
 def read_header(file: Path) -> list[Entry]:
     """The tensors of a safetensors file in the order of their bytes; `ValueError` if it is cut off or no such file."""
     total = file.stat().st_size
@@ -53,7 +72,7 @@ def read_header(file: Path) -> list[Entry]:
         except ValueError as error:
             raise ValueError(f"{file}: its header is not JSON ({error}); download or save it again") from error
     header.pop("__metadata__", None)
-    entries, end = [], 0
+    entries, end = [], 8 + length
     for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         entry = Entry(name, about["dtype"], tuple(about["shape"]), file, 8 + length + about["data_offsets"][0])
         if entry.dtype not in STORAGE:
@@ -61,10 +80,13 @@ def read_header(file: Path) -> list[Entry]:
                 f"{file}: {name} is of type {entry.dtype}; merging takes bf16, fp16 and fp32 weights"
                 " (dequantise the model first if these are quantised)"
             )
-        end = max(end, 8 + length + about["data_offsets"][1])
-        if about["data_offsets"][1] - about["data_offsets"][0] != entry.size * STORAGE[entry.dtype].itemsize:
+        stop = entry.offset + entry.size * STORAGE[entry.dtype].itemsize
+        if entry.offset != end or stop != 8 + length + about["data_offsets"][1]:
             raise ValueError(f"{file}: {name} of shape {list(entry.shape)} does not fill its bytes; save it again")
+        end = stop
         entries.append(entry)
+    if not entries:
+        raise ValueError(f"{file}: holds no tensor; save the model again")
     if end != total:
         raise ValueError(f"{file}: {total} bytes where its header says {end}: cut off; download or save it again")
     return entries
@@ -136,9 +158,11 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
     return rounded.astype(np.uint16)
 
 
-def inspect_file(file: Path, entries: list[Entry], advance=lambda n: None) -> str:
+def inspect_file(entries: list[Entry], advance: Callable[[int], object]) -> str:
     """The file's SHA-256, in one reading that also finds NaN and infinity: `ValueError` naming file and tensor."""
-    digest = hashlib.sha256(file.open("rb").read(entries[0].offset) if entries else b"")
+    file = entries[0].file
+    with file.open("rb") as stream:
+        digest = hashlib.sha256(stream.read(entries[0].offset))
     exponent = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
     for entry in entries:
         kind, mask = exponent[entry.dtype]
@@ -148,11 +172,6 @@ def inspect_file(file: Path, entries: list[Entry], advance=lambda n: None) -> st
                 raise ValueError(f"{file}: {entry.name} holds NaN or infinity; this model is broken, take another one")
             advance(bits.size)
     return digest.hexdigest()
-
-
-def hash_inputs(checkpoint: Checkpoint) -> dict[str, str]:
-    """SHA-256 of each of its weight files."""
-    return {name: inspect_file(checkpoint.folder / name, entries) for name, entries in checkpoint.files.items()}
 
 
 class OutputFolder:
@@ -188,7 +207,7 @@ class OutputFolder:
         temporary.replace(plan_file)
 
     def write_tensors(self, produce) -> tuple[list[dict], dict[str, str]]:
-        """Call `produce(name, write)` for each tensor in order: it hands encoded pieces to `write` and returns a record.
+        """Call `produce(name, write)` for each tensor in order: it hands encoded pieces to `write`, returns a record.
 
         Returns the records of all tensors and each shard's SHA-256.
         """

@@ -100,8 +100,8 @@ def check_checkpoints(checkpoints: list[Checkpoint], dtype: str | None) -> str:
                 continue
             if here[1:] == there[1:] and re.search(r"embed|lm_head|wte|shared", name):
                 raise ValueError(
-                    f"{first.folder} has a vocabulary of {here[0]}, {other.folder} one of {there[0]} ({name}). Tokens are "
-                    f"merged by number: use one tokenizer, and model.resize_token_embeddings({max(here[0], there[0])})"
+                    f"{first.folder} has a vocabulary of {here[0]}, {other.folder} one of {there[0]} ({name}). Tokens "
+                    f"merge by number: use one tokenizer, and model.resize_token_embeddings({max(here[0], there[0])})"
                 )
             raise ValueError(f"{name}: {list(here)} in {first.folder}, {list(there)} in {other.folder}; other models?")
         if first.config.get("model_type") != other.config.get("model_type"):
@@ -167,8 +167,8 @@ def trim_threshold(magnitudes: Callable[[], Iterator[np.ndarray]], size: int, de
         for piece in magnitudes():
             bits = piece.view(unsigned)
             if shift < width - 16:
-                bits = bits[bits >> (shift + 16) == prefix]
-            counts += np.bincount(((bits >> shift) & 0xFFFF).astype(np.intp), minlength=1 << 16)
+                bits = bits[bits >> (shift + 16) == prefix] & (1 << (shift + 16)) - 1
+            counts += np.bincount((bits >> shift).astype(np.intp), minlength=1 << 16)
         digit = 0xFFFF - int(np.searchsorted(np.cumsum(counts[::-1]), left))
         left -= int(counts[digit + 1 :].sum())
         prefix = prefix << 16 | digit

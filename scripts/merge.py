@@ -1,135 +1,206 @@
-"""Fuse models of one architecture (SLERP, TIES, DARE-TIES, linear), or fold an adapter into its base, streamed.
+"""Fuse models of one architecture (TIES, SLERP, linear), or fold a LoRA adapter into its base.
 
     python scripts/merge.py --method slerp --models A B --weights 0.95 0.05 --output O
-    python scripts/merge.py --method ties --base BASE --models A B --weights 0.95 0.05 --density 0.5 --output O
-    python scripts/merge.py --method linear --models A B C --weights 1 1 2 --output O
-    python scripts/merge.py --recipe recipes/merge/slerp_19to1.yaml --models A B --output O
-    python scripts/merge.py --adapter ADAPTER --output O
+    python scripts/merge.py --method ties --models A B --base C --weights 0.95 0.05 --density 0.5 --output O
+    python scripts/merge.py --recipe recipes/merge/slerp_19_1.yaml --models A B --output O
+    python scripts/merge.py --models A --adapter X --output O
+    python scripts/merge.py --verify O
 
-A, B, BASE: folders or Hub ids of safetensors models. Config and tokenizer are the first model's. Memory does not grow
-with the models. Beside the weights: merge.json (what the merge made of the weights that were asked for, checksums,
-versions, arguments) and a model card. A killed merge goes on with --resume; nothing appears at O before it is whole.
+A, B, C are folders with safetensors or Hub ids. Memory stays below 300 MB whatever the models' size.
+Writes the model with config and tokenizer of the first, merge.json and README.md; --resume goes on after a kill.
 """
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
 
 import argparse
 import json
-import re
-import sys
-from datetime import date
-from pathlib import Path
+import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # `scripts/` first would shadow `evaluate` and hide `lmolt`
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads spin while they wait: CPU time for nothing
+from tqdm import tqdm
 
+import lmolt
+from lmolt import merging
+from lmolt.checkpoints import NAMES, Checkpoint, OutputFolder, find_folder, inspect_file
+from lmolt.lineage import plot, summarise, summarise_fold, table, write_lineage
 from lmolt.recipes import apply_recipe
 
+SAVED = ("method", "models", "revision", "weights", "t", "weights_for", "base", "density", "normalize", "lambda")
+SAVED += ("rounding", "seed", "dtype", "adapter", "fold_base")  # what merge.json repeats; the rest doesn't change bytes
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--recipe", help="YAML file of defaults for these flags")
-    add("--method", choices=("slerp", "ties", "dare_ties", "linear"))
-    add("--models", nargs="+", metavar="MODEL", help="folders or Hub ids")
-    add("--base", help="ties, dare_ties: what the models were trained from")
-    add("--weights", nargs="+", type=float, metavar="W", help="one a model, in order (default: equal)")
-    add("--t", type=float, help="slerp: the way from the first model to the second, 0 to 1 (= the second's weight)")
+    add("--recipe", help="YAML file of defaults for these flags (recipes/merge/)")
+    add("--method", choices=merging.METHODS)
+    add("--models", nargs="+", metavar="MODEL", help="folders or Hub ids; config and tokenizer are the first's")
+    add("--revision", help="of the Hub ids: a branch, tag or commit")
+    add("--weights", nargs="+", type=float, help="one a model; with slerp, t = second / sum")
+    add("--t", type=float, help="slerp: the way from the first model to the second, instead of --weights")
+    add("--weights_for", nargs="+", metavar="PATTERN=W,W", help="other weights for tensors whose name matches")
+    add("--base", help="ties: the model that all of --models were trained from")
+    add("--density", nargs="+", type=float, default=[0.5], help="ties: share of each delta kept (default 0.5)")
+    add("--normalize", action="store_true", default=True, help="ties: divide by the agreeing weights (default)")
+    add("--no_normalize", dest="normalize", action="store_false")
+    add("--lambda", type=float, default=1.0, help="ties: factor of the merged delta (default 1)")
     add(
-        "--weights_for",
-        action="append",
-        default=[],
-        metavar="PATTERN=W,W",
-        help="other weights where the regular expression is found in a tensor's name; the last that fits decides",
+        "--rounding", choices=["once", "mergekit"], default="once", help="mergekit: after every step, as mergekit 0.1.5"
     )
-    add("--density", nargs="+", type=float, default=[0.5], help="share of each delta that stays: one, or one a model")
-    add("--normalize", action=argparse.BooleanOptionalAction, default=True, help="divide by the sum of weights")
-    add("--no_normalize", dest="normalize", action="store_false", help=argparse.SUPPRESS)
-    add("--lambda", dest="scale", type=float, default=1.0, help="ties: factor of the merged delta")
-    add("--seed", type=int, default=0, help="dare_ties: of the random mask")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="of the output (default: the inputs')")
-    add("--rounding", choices=("once", "mergekit"), default="once", help="mergekit: to the type after every step")
-    add("--adapter", help="a LoRA adapter's folder or Hub id, folded into --models (default: the base that it names)")
-    add("--fold_base", choices=("original", "dequantised"), help="of a QLoRA adapter: exact weights, or what it saw")
-    add("--revision", help="of Hub ids: a branch, tag or commit")
-    add("--output", required=True, type=Path)
-    add("--overwrite", action="store_true", help="replace --output once the new one is whole")
+    add("--seed", type=int, default=0, help="of dare_ties' mask")
+    add("--dtype", choices=NAMES, help="of the output; needed if the inputs differ")
+    add("--adapter", help="folder or Hub id of a LoRA or QLoRA adapter to fold into the one of --models")
+    add("--fold_base", choices=["original", "dequantised"], default="original", help="what the adapter is added to")
+    add("--output", type=Path)
+    add("--overwrite", action="store_true", help="replace an earlier merge at --output once the new one is whole")
     add("--resume", action="store_true", help="go on with a merge that was killed")
-    add("--verify", action="store_true", help="recompute a sample of tensors by the plain formula and compare")
-    add("--plot", action="store_true", help="merge.png: effective weights and cosines by layer")
-    apply_recipe(parser, argv)
-    args = parser.parse_args(argv)
-    if bool(args.method) == bool(args.adapter):
-        raise ValueError("give either --method, to fuse models, or --adapter, to fold one")
-    if args.method and not args.models:
-        raise ValueError("--models is empty: give the folders or Hub ids of the models to fuse")
-    return args
+    add("--verify", nargs="?", const=True, metavar="FOLDER", help="check a merged folder (default: --output, after it)")
+    add("--plot", type=Path, metavar="FILE.png", help="effective weights and cosines by layer")
+    return parser
 
 
-def locate(name: str, revision: str | None) -> Path:
-    """The folder of a model; a Hub id is downloaded (weights in safetensors, config, tokenizer)."""
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{name}: no such folder, and not to be had from the Hub: {reason}") from error
-
-
-def read_weights(args: argparse.Namespace) -> tuple[list[float], dict[str, list[float]]]:
-    """Weights of the models, and of the patterns."""
-    count = len(args.models)
-    if args.t is not None:
-        if args.method != "slerp" or args.weights:
-            raise ValueError("--t is SLERP's, in place of --weights 1-t t; give one of the two")
-        if not 0 <= args.t <= 1:
-            raise ValueError(f"--t must lie in [0, 1], not {args.t}")
-        args.weights = [1 - args.t, args.t]
+def resolve(args: argparse.Namespace) -> tuple[list[Checkpoint], Checkpoint | None, merging.Recipe | None]:
+    """The models, the base and how to merge them (None: fold), checked as far as headers and configs tell."""
+    if not args.models:
+        raise ValueError("--models names what to merge: folders or Hub ids")
+    if not args.adapter and not args.method:
+        raise ValueError(f"--method is one of {', '.join(merging.METHODS)} (or give --adapter to fold one)")
+    if args.adapter and (len(args.models) != 1 or args.method or args.base):
+        raise ValueError("--adapter is folded into one model: no --method, no --base; merge in a second run")
+    models = [Checkpoint(find_folder(name, args.revision)) for name in args.models]
+    base = Checkpoint(find_folder(args.base, args.revision)) if args.base else None
+    if args.adapter:
+        return models, base, None
+    if args.t is not None and (args.weights or args.method != "slerp" or not 0 <= args.t <= 1):
+        raise ValueError(f"--t (here {args.t}) is slerp's, within [0, 1], instead of --weights")
+    args.weights = args.weights if args.t is None else [1 - args.t, args.t]
+    if not args.weights:
+        raise ValueError("--weights: give one weight a model, such as --weights 0.95 0.05")
     weights_for = {}
-    for text in args.weights_for:
-        pattern, _, values = text.rpartition("=")
+    for text in args.weights_for or []:
+        pattern, _, numbers = text.rpartition("=")
         try:
-            weights_for[pattern] = [float(value) for value in values.split(",")]
-            re.compile(pattern)
-        except (ValueError, re.error) as error:
-            raise ValueError(f"--weights_for {text!r}: not PATTERN=W,W ({error})") from error
-    return args.weights or [1 / count] * count, weights_for
+            weights_for[pattern] = [float(number) for number in numbers.split(",")]
+        except ValueError as error:
+            raise ValueError(f"--weights_for {text!r}: write PATTERN=W,W such as embed_tokens=1,0") from error
+    density = args.density * len(models) if len(args.density) == 1 else args.density
+    scale = vars(args)["lambda"]
+    recipe = merging.Recipe(
+        args.method, args.weights, density, args.normalize, scale, args.rounding, args.seed, weights_for
+    )
+    merging.check_recipe(recipe, models, base)
+    return models, base, recipe
+
+
+def check_output(args: argparse.Namespace, sources: list[Checkpoint]) -> None:
+    if args.output is None:
+        raise ValueError("--output names the folder to write")
+    if args.output.resolve() in [source.folder.resolve() for source in sources]:
+        raise ValueError(f"--output {args.output} is one of the inputs; take another folder")
+    if args.output.exists() and any(args.output.iterdir()):
+        if not args.overwrite:
+            raise ValueError(f"{args.output} exists; --overwrite replaces it, or take another folder")
+        if not (args.output / "merge.json").is_file():
+            raise ValueError(f"{args.output} holds no merge.json: not a merge, and not ours to overwrite; remove it")
+
+
+def check_files(sources: dict[str, Checkpoint]) -> dict[str, str]:
+    """SHA-256 of the inputs' files by `model/file`, whose values are finite: one reading, two files at a time."""
+    files = {f"{name}/{file}": entries for name, source in sources.items() for file, entries in source.files.items()}
+    values = sum(entry.size for entries in files.values() for entry in entries)
+    with tqdm(total=values, unit_scale=True, desc="check") as bar, ThreadPoolExecutor(2) as pool:
+        digests = pool.map(lambda entries: inspect_file(entries, bar.update), files.values())
+        return dict(zip(files, digests, strict=True))
+
+
+def verify_folder(folder: Path) -> None:
+    """Check what --output of an earlier merge holds, from its merge.json and the inputs that it names."""
+    from lmolt import verification
+
+    lineage_file = folder / "merge.json"
+    if not lineage_file.is_file():
+        raise FileNotFoundError(f"{lineage_file}: there is no such file; --verify checks what merge.py wrote")
+    lineage = json.loads(lineage_file.read_text())
+    args = argparse.Namespace(**lineage["arguments"])
+    models, base, recipe = resolve(args)
+    if args.adapter:
+        from lmolt.folding import Adapter, plain_fold
+
+        adapter = Adapter(find_folder(args.adapter, args.revision), models[0])
+        formula = lambda name: plain_fold(name, models[0], adapter, args.fold_base)
+    else:
+        formula = lambda name: verification.plain(recipe, name, models, base)
+    shares = verification.verify(folder, lineage, formula)
+    worst = f", at most {max(shares.values()):.4%} of a tensor's values off the formula" if shares else ""
+    print(
+        f"verified {folder}: SHA-256 of {len(lineage['outputs'])} files, {len(shares)} tensors worked out again{worst}"
+    )
 
 
 def main(argv: list[str]) -> None:
-    args = parse_arguments(argv)
+    parser = build_parser()
+    apply_recipe(parser, argv)
+    args = parser.parse_args(argv)
+    if isinstance(args.verify, str):
+        return verify_folder(Path(args.verify))
 
-    from lmolt import merging
-    from lmolt.checkpoints import NAMES, Checkpoint, OutputFolder, hash_inputs
-
-    # --- headers: whatever is wrong is found here, before a byte is written
-    if args.output.exists() and not args.overwrite:
-        raise ValueError(f"{args.output} exists; choose another --output, or --overwrite")
-    weights, weights_for = read_weights(args)
-    models = [Checkpoint(locate(name, args.revision)) for name in args.models]
-    base = Checkpoint(locate(args.base, args.revision)) if args.base else None
-    density = args.density * len(models) if len(args.density) == 1 else args.density
-    recipe = merging.Recipe(
-        args.method, weights, density, args.normalize, args.scale, args.rounding, args.seed, weights_for
-    )
-    merging.check_recipe(recipe, models, base)
+    # --- what goes in, checked before a byte is written
+    models, base, recipe = resolve(args)
     sources = [*models, base] if base else models
+    if args.resume and (args.output / "merge.json").is_file():
+        return print(f"{args.output} is already finished")
+    check_output(args, sources)
     dtype = merging.check_checkpoints(sources, NAMES.get(args.dtype))
+    if args.adapter:
+        from lmolt.folding import Adapter, fold_tensor  # imports torch
 
-    # --- checksums of the inputs, NaN and infinity
-    inputs = [hash_inputs(source) for source in sources]
-    plan = {"recipe": vars(recipe), "dtype": dtype, "inputs": inputs}
+        adapter = Adapter(find_folder(args.adapter, args.revision), models[0])
+        produce = lambda name, write: fold_tensor(name, models[0], adapter, args.fold_base, dtype, write)
+    else:
+        produce = lambda name, write: merging.merge_tensor(name, models, base, recipe, dtype, write)
+    inputs = check_files(dict(zip([*args.models, args.base], sources, strict=False)))
+    if args.adapter:
+        inputs[f"{args.adapter}/{adapter.file.name}"] = adapter.sha256
+    arguments = {key: vars(args)[key] for key in SAVED}
+    layout = {file: [(e.name, e.shape) for e in entries] for file, entries in models[0].files.items()}
+    plan = {"arguments": arguments, "inputs": inputs}
+    output = OutputFolder(args.output, layout, dtype, json.loads(json.dumps(plan)), args.resume)
 
-    # --- merge
-    layout = {file: [(entry.name, entry.shape) for entry in entries] for file, entries in models[0].files.items()}
-    output = OutputFolder(args.output, layout, dtype, plan, args.resume)
-    produce = lambda name, write: merging.merge_tensor(name, models, base, recipe, dtype, write)
-    records, digests = output.write_tensors(produce)
+    # --- one tensor after the other
+    began = time.perf_counter()
+    sizes = {name: entry.size for name, entry in models[0].entries.items()}
+    done = sum(sizes[record["tensor"]] for record in output.done)
+    with tqdm(total=sum(sizes.values()), initial=done, unit_scale=True, desc=args.method or "fold") as bar:
+        records, outputs = output.write_tensors(lambda *job: (produce(*job), bar.update(sizes[job[0]]))[0])
+
+    # --- what came out
+    packages = ("numpy", "torch", "peft", "bitsandbytes") if args.adapter else ("numpy",)
+    lineage = {
+        "arguments": arguments,
+        "versions": {"lmolt": lmolt.__version__, "python": platform.python_version()}
+        | {name: version(name) for name in packages},
+        "inputs": inputs,
+        "outputs": outputs,
+        **(summarise_fold if args.adapter else summarise)(records),
+    }
+    write_lineage(output.partial, args.output.name, lineage)
     output.finish(models[0])
-    print(f"wrote {args.output}: {len(records)} tensors, {date.today()}")
-    json.dumps(digests)
+    print(table(lineage))
+    print(f"wrote {args.output} in {time.perf_counter() - began:.1f} s: the model, its card, merge.json")
+    if args.plot:
+        plot(lineage, args.plot)
+        print(f"wrote {args.plot}")
+    if args.verify:
+        verify_folder(args.output)
+    return None
 
 
 if __name__ == "__main__":
@@ -139,5 +210,5 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; go on with the same command and --resume", file=sys.stderr)
+        print("\nstopped; nothing is at --output yet, and the same command with --resume goes on", file=sys.stderr)
         sys.exit(130)
