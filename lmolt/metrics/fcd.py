@@ -24,7 +24,7 @@ _NUMBER = {symbol: i for i, symbol in enumerate(_SYMBOLS)}
 _UNKNOWN = _NUMBER["X"]
 _PADDING = 350
 CONVENTIONS = ("1.2.2", "1.1")
-_BATCH, _CHUNK = 512, 16  # molecules at once; steps of padding at once
+_BATCH, _CHUNK = 128, 16  # molecules of like length at once; steps of padding at once
 
 
 def encode(smiles: list[str], convention: str) -> tuple[list[list[int]], int]:
