@@ -8,7 +8,7 @@ direction, for the two unidirectional Meditrons, and a T5 a direction for MolT5,
 dis-preferred ones. All is written to runs/demo, each file and folder whole, and what is there is kept; remove
 runs/demo to start anew:
 
-    pairs.parquet -> models/tokenizer -> models/{cap2mol, mol2cap, t5_mol2cap, t5_cap2mol} -> triples.parquet
+    pairs.parquet -> models/tokenizer -> models/{base, cap2mol, mol2cap, t5_mol2cap, t5_cap2mol} -> triples.parquet
 """
 
 import multiprocessing
@@ -37,14 +37,15 @@ class Scale(NamedTuple):
     molecules: int | None  # the first so many, or all
     hidden: int  # a multiple of 64, which NF4's blocks need
     llama_layers: int
+    base_epochs: int
     llama_epochs: int
     t5_layers: int
     t5_epochs: int
     triples: float  # share of the training pairs
 
 
-SCALES = {"full": Scale(None, 128, 4, 4, 2, 3, 0.3), "tiny": Scale(200, 64, 1, 1, 1, 1, 0.5)}
-VOCABULARY = 1024
+SCALES = {"full": Scale(None, 128, 4, 2, 5, 2, 4, 0.3), "tiny": Scale(200, 64, 1, 1, 1, 1, 1, 0.5)}
+VOCABULARY = 1280
 TOKENS_PER_BATCH = 800
 
 
@@ -103,15 +104,16 @@ def build_models(root: Path = ROOT, scale: str = "full") -> None:
     train = [pair for pair in pairs(root, scale) if pair["split"] == "train"]
     if not (models / "tokenizer").exists():
         _save_whole(models / "tokenizer", _train_tokenizer(train))
-    names = [*DIRECTIONS, *(f"t5_{direction}" for direction in DIRECTIONS)]
-    lacking = [models / name for name in names if not (models / name).exists()]
-    print(f"trains {', '.join(map(str, lacking))} on {len(train)} pairs, two at a time")
+    llamas, t5s = [models / d for d in DIRECTIONS], [models / f"t5_{d}" for d in DIRECTIONS]
+    print(f"trains what {models} lacks of base, {', '.join(f.name for f in llamas + t5s)} on {len(train)} pairs")
     # Models so small gain little from a second thread, so each has a process of its own with one. A worker dies of
     # Ctrl-C by itself, silently; this process reports.
     context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)
     with ProcessPoolExecutor(2, context, initializer=signal.signal, initargs=quiet) as pool:
-        for future in as_completed([pool.submit(_build_model, folder, train, SCALES[scale]) for folder in lacking]):
-            print(f"wrote {future.result()}")
+        for stage in ([models / "base"], llamas + t5s):
+            lacking = [folder for folder in stage if not folder.exists()]
+            for future in as_completed([pool.submit(_build_model, f, train, SCALES[scale]) for f in lacking]):
+                print(f"wrote {future.result()}")
     finished.touch()
 
 
@@ -123,8 +125,13 @@ def _build_model(folder: Path, train: list[dict], size: Scale) -> Path:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder.with_name("tokenizer"))
-    make = _train_t5 if folder.name.startswith("t5_") else _train_llama
-    _save_whole(folder, tokenizer, make(train, folder.name.removeprefix("t5_"), tokenizer, size))
+    if folder.name == "base":
+        model = _train_base(train, tokenizer, size)
+    elif folder.name in DIRECTIONS:
+        model = _train_llama(folder.with_name("base"), train, folder.name, tokenizer, size)
+    else:
+        model = _train_t5(train, folder.name.removeprefix("t5_"), tokenizer, size)
+    _save_whole(folder, tokenizer, model)
     return folder
 
 
@@ -139,13 +146,13 @@ def _save_whole(folder: Path, *parts) -> None:
 def _train_tokenizer(train: list[dict]):
     """Byte-level BPE over captions, SMILES and the prompts.
 
-    A run of lower-case words may merge into one token, unlike in most tokenizers: captions are a third shorter, and a
-    model this small learns phrases and not spelling.
+    A run of lower-case words may merge into one token, and so may all of a SMILES: texts have half of the usual
+    tokens, and a model this small learns phrases and rings instead of spelling.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    pieces = r" ?[A-Z]?[a-z]+(?: [a-z'-]+)+| ?[A-Za-z]+|\d+|[^A-Za-z0-9]"
+    pieces = r" ?[A-Z]?[a-z]+(?: [a-z'-]+)+|[.,]| ?[^\s.,]+|\s"
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pieces), "isolated"), byte_level])
@@ -157,14 +164,18 @@ def _train_tokenizer(train: list[dict]):
         show_progress=False,
     )
     texts = [text for pair in train for text in (pair["caption"], pair["molecule"])]
-    bpe.train_from_iterator(texts + 50 * list(TEMPLATES.values()), trainer)
+    bpe.train_from_iterator(texts + 400 * list(TEMPLATES.values()), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def _train_llama(train: list[dict], direction: str, tokenizer, size: Scale):
-    """A causal LM of the paper's prompts; both directions start from the same random weights, so that they merge."""
+def _train_base(train: list[dict], tokenizer, size: Scale):
+    """The Llama that both directions start from, as both Meditrons do: it has read captions and SMILES, never pairs.
+
+    Of each molecule it also reads SMILES in random atom order, which are as good to learn the syntax from.
+    """
     import torch
-    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    from rdkit import Chem
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(
@@ -173,14 +184,28 @@ def _train_llama(train: list[dict], direction: str, tokenizer, size: Scale):
             hidden_size=size.hidden,
             intermediate_size=2 * size.hidden,
             num_hidden_layers=size.llama_layers,
-            num_attention_heads=size.hidden // 64,
-            num_key_value_heads=size.hidden // 64,
+            num_attention_heads=size.hidden // 32,
+            num_key_value_heads=size.hidden // 32,
             max_position_embeddings=1024,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    texts = []
+    for pair in train:
+        shuffled = Chem.MolToRandomSmilesVect(Chem.MolFromSmiles(pair["molecule"]), 2, randomSeed=SEED + 1)
+        texts += [pair["caption"], pair["molecule"], *shuffled]
+    rows = [([], encode_output(tokenizer, text)) for text in texts]
+    _optimise(model, rows, _causal_loss(model, encode_prompt(tokenizer, "")), size.base_epochs, "Llama base")
+    return model
+
+
+def _train_llama(base: Path, train: list[dict], direction: str, tokenizer, size: Scale):
+    """`base` trained with the paper's prompts of one direction."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(base)
     source, target = COLUMNS[direction]
     prompts = [encode_prompt(tokenizer, build_prompt(direction, pair[source])) for pair in train]
     instruction = os.path.commonprefix(prompts)
@@ -188,18 +213,26 @@ def _train_llama(train: list[dict], direction: str, tokenizer, size: Scale):
         (prompt[len(instruction) :], encode_output(tokenizer, pair[target]))
         for prompt, pair in zip(prompts, train, strict=True)
     ]
+    _optimise(model, rows, _causal_loss(model, instruction), size.llama_epochs, f"Llama {direction}")
+    return model
+
+
+def _causal_loss(model, instruction: list[int]):
+    """Cross-entropy of a batch's outputs after `instruction` and their sources; the instruction is computed once."""
+    import torch
+    from transformers import DynamicCache
 
     def loss(batch):
         ids, scored = _pad([s + t for s, t in batch]), _pad([[0] * len(s) + [1] * len(t) for s, t in batch])
-        cache = DynamicCache()  # the instruction is computed once for the batch, with its gradient
-        model.model(torch.tensor([instruction]), past_key_values=cache)
+        cache = DynamicCache()
+        first = model.model(torch.tensor([instruction]), past_key_values=cache).last_hidden_state[:, -1:]
         cache.batch_repeat_interleave(len(batch))
         hidden = model.model(ids, past_key_values=cache).last_hidden_state  # (B, T, H)
-        scored = scored[:, 1:].bool()  # position t predicts token t + 1
-        return torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][scored]), ids[:, 1:][scored])
+        hidden = torch.cat([first.expand(len(batch), -1, -1), hidden[:, :-1]], 1)  # at t what predicts ids[:, t]
+        scored = scored.bool()
+        return torch.nn.functional.cross_entropy(model.lm_head(hidden[scored]), ids[scored])
 
-    _optimise(model, rows, loss, size.llama_epochs, f"Llama {direction}")
-    return model
+    return loss
 
 
 def _train_t5(train: list[dict], direction: str, tokenizer, size: Scale):
@@ -212,10 +245,10 @@ def _train_t5(train: list[dict], direction: str, tokenizer, size: Scale):
         T5Config(
             vocab_size=len(tokenizer),
             d_model=size.hidden,
-            d_kv=64,
+            d_kv=32,
             d_ff=2 * size.hidden,
             num_layers=size.t5_layers,
-            num_heads=size.hidden // 64,
+            num_heads=size.hidden // 32,
             dropout_rate=0.0,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,

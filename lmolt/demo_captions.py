@@ -7,6 +7,7 @@ there are many, and which properties, are drawn. Nothing claims to be exhaustive
 """
 
 import random
+import re
 from collections import Counter
 
 from rdkit import Chem
@@ -136,7 +137,7 @@ def caption(molecule: Chem.Mol, seed: int = 0) -> str:
     parts = [*ring_phrases(molecule), *group_phrases(molecule)]
     return draw.choice(_TEMPLATES).format(
         kind=kind(molecule),
-        formula=rdMolDescriptors.CalcMolFormula(molecule),
+        formula=re.sub("(?<=.)([A-Z])", r" \1", rdMolDescriptors.CalcMolFormula(molecule)),  # as CIF has it
         parts=_enumerate(parts or ["no ring"]),
         first=draw.choice(first),
         second=draw.choice(second),

@@ -36,13 +36,14 @@ PROPERTY = "|".join(
         f"donates (?:{NUMBER}) hydrogen bonds?",
     ]
 )
+FORMULA = r"[A-Z][a-z]?\d*(?: [A-Z][a-z]?\d*)*(?:[+-]\d*)?"
 FORMS = [
-    rf"The molecule is (?P<kind>an? .+) of formula (?P<formula>\S+)\. It contains (?P<parts>.+)\. "
+    rf"The molecule is (?P<kind>an? .+) of formula (?P<formula>{FORMULA})\. It contains (?P<parts>.+)\. "
     rf"It (?P<first>{PROPERTY}) and (?P<second>{PROPERTY})\.",
-    rf"The molecule has the formula (?P<formula>\S+) and bears (?P<parts>.+)\. "
+    rf"The molecule has the formula (?P<formula>{FORMULA}) and bears (?P<parts>.+)\. "
     rf"It is (?P<kind>an? .+) that (?P<first>{PROPERTY}) and (?P<second>{PROPERTY})\.",
     rf"The molecule is (?P<kind>an? .+) that (?P<first>{PROPERTY})\. "
-    rf"It has the formula (?P<formula>\S+), includes (?P<parts>.+), and (?P<second>{PROPERTY})\.",
+    rf"It has the formula (?P<formula>{FORMULA}), includes (?P<parts>.+), and (?P<second>{PROPERTY})\.",
 ]
 
 
@@ -218,7 +219,7 @@ def substitution(molecule, benzene: set[int]) -> str:
 
 def check_formula(text: str, molecule) -> None:
     symbols = [atom.GetSymbol() for atom in Chem.AddHs(molecule).GetAtoms()]
-    atoms, sign, charge = re.fullmatch(r"((?:[A-Z][a-z]?\d*)+)([+-]?)(\d*)", text).groups()
+    atoms, sign, charge = re.fullmatch(r"([^+-]+)([+-]?)(\d*)", text).groups()
     said = [(symbol, int(count or 1)) for symbol, count in re.findall(r"([A-Z][a-z]?)(\d*)", atoms)]
     assert sorted(said) == sorted((symbol, symbols.count(symbol)) for symbol in set(symbols))
     total = sum(atom.GetFormalCharge() for atom in molecule.GetAtoms())
