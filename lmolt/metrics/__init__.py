@@ -21,6 +21,16 @@ _MEANS = {
     ),
 }
 _FINGERPRINTS = ("maccs", "rdk", "morgan")
+_UNDEFINED = {
+    **dict.fromkeys((*_FINGERPRINTS, "uniqueness"), "no prediction is valid"),
+    "scaffold_match": "no reference has a ring",
+    "group_hallucination": "no prediction names one of the functional groups",
+    "group_hallucination_reference": "no reference names one of the functional groups",
+    "group_missed": "no reference names one of the functional groups that its molecule has",
+    "group_unclaimed": "no molecule has one of the functional groups",
+    "combination_precision": "no prediction names a held-out pair",
+    "combination_recall": "no reference names a held-out pair",
+}
 _COMBINATION = ("precision", "recall", "f1", "accuracy")
 
 
@@ -77,7 +87,8 @@ def score(
             sources, references, predictions, text_tokenizer, nli_model, nltk_data, num_workers
         )
     else:
-        absent, conventions, per_example = _molecules(
+        absent = {}
+        conventions, per_example = _molecules(
             references, predictions, counts, chrf_threshold, delta_threshold, cache_dir, num_workers
         )
     metrics = {}
@@ -98,7 +109,7 @@ def score(
     for key, (columns, value) in own.items():
         result = float(value(columns.sum(0)))
         if np.isnan(result):
-            absent[key] = absent.get(key, f"undefined in all {len(references)} rows")
+            absent[key] = _UNDEFINED.get(key, f"undefined in all {len(references)} rows")
             continue
         defined = int(columns[:, 1].sum()) if key in _MEANS[direction] else len(references)
         interval = statistics.interval(samples[key])
@@ -280,8 +291,7 @@ def _molecules(references, predictions, counts: dict, chrf_threshold, delta_thre
     }
     for key, kind in kinds.items():
         conventions |= {key + suffix: f"{kind}, {tanimoto}; {rule}" for suffix, rule in over.items()}
-    reason = "no prediction is valid"
-    return ({} if valid.any() else dict.fromkeys((*kinds, "uniqueness"), reason)), conventions, per_example
+    return conventions, per_example
 
 
 def _bleu_of_characters(name: str, references: list[str], predictions: list[str]) -> dict[str, np.ndarray]:
