@@ -18,8 +18,6 @@ from rdkit.Chem import MACCSkeys, rdFingerprintGenerator, rdMolDescriptors
 from rdkit.Chem.Scaffolds import MurckoScaffold
 from rdkit.rdBase import BlockLogs
 
-from lmolt.metrics import ngrams
-
 _MORGAN = rdFingerprintGenerator.GetMorganGenerator(radius=2)
 MAX_CHARACTERS = 20_000
 _FEW = 200  # below so many SMILES a pool costs more than it saves
@@ -38,12 +36,10 @@ def _formula(smiles: str) -> str:
 
 
 def _fingerprints(smiles: str) -> tuple[bytes, bytes, bytes]:
-    """MACCS and RDK bits packed, and Morgan's (key, count) rows as int64, each as bytes."""
+    """MACCS and RDK bits packed, and Morgan's sparse counts in RDKit's own binary form."""
     molecule = parse(smiles)
-    maccs = DataStructs.BitVectToBinaryText(MACCSkeys.GenMACCSKeys(molecule))
-    rdk = DataStructs.BitVectToBinaryText(Chem.RDKFingerprint(molecule))
-    morgan = np.array(sorted(_MORGAN.GetSparseCountFingerprint(molecule).GetNonzeroElements().items()), np.int64)
-    return maccs, rdk, morgan.tobytes()
+    bits = MACCSkeys.GenMACCSKeys(molecule), Chem.RDKFingerprint(molecule)
+    return *map(DataStructs.BitVectToBinaryText, bits), _MORGAN.GetSparseCountFingerprint(molecule).ToBinary()
 
 
 def _matches(pair: tuple[str, str]) -> tuple[bool, bool, bool]:
@@ -156,13 +152,8 @@ def _compare_fingerprints(*sides: list) -> np.ndarray:
         bits = [np.frombuffer(b"".join(f[k] for f in side), np.uint8).reshape(n, -1) for side in sides]
         shared = np.bitwise_count(bits[0] & bits[1]).sum(1).astype(float)
         scores[:, k] = _tanimoto(shared, *(np.bitwise_count(b).sum(1) for b in bits))
-    counted, sums = [], []
-    for side in sides:
-        morgan = np.frombuffer(b"".join(f[2] for f in side), np.int64).reshape(-1, 2)
-        rows = np.repeat(np.arange(n), [len(f[2]) // 16 for f in side])
-        counted += [rows, morgan[:, 0], morgan[:, 1]]
-        sums.append(np.bincount(rows, morgan[:, 1], n))
-    scores[:, 2] = _tanimoto(ngrams.shared_counts(*counted, n), *sums)
+    counts = ([DataStructs.ULongSparseIntVect(f[2]) for f in side] for side in sides)
+    scores[:, 2] = [DataStructs.TanimotoSimilarity(a, b) for a, b in zip(*counts, strict=True)]
     return scores
 
 
