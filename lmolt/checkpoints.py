@@ -23,7 +23,7 @@ np.empty(1 << 24, np.uint8)
 # numpy has no bfloat16: its bits travel as uint16
 STORAGE = {"BF16": np.dtype(np.uint16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-PIECE = 1 << 17  # values worked on at a time: half a MiB in float32, which stays in a core's cache
+PIECE = 1 << 15  # values worked on at a time: half a MiB in float32, which stays in a core's cache
 
 COPIED = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
@@ -124,6 +124,19 @@ class Checkpoint:
         for bits in read_bits(entry.file, STORAGE[entry.dtype], entry.offset, entry.size):
             yield decode(bits, entry.dtype, work)
 
+    def sample(self, name: str, work: type = np.float32, runs: int = 256, length: int = 256) -> np.ndarray:
+        """`runs` stretches of `length` values, evenly over the tensor; all of it if it is no longer than that."""
+        entry = self.entries[name]
+        storage = STORAGE[entry.dtype]
+        if entry.size <= runs * length:
+            return np.concatenate([*self.read(name, work), np.empty(0, work)])
+        bits = np.empty((runs, length), storage)
+        with entry.file.open("rb", buffering=0) as stream:
+            for run, start in zip(bits, np.linspace(0, entry.size - length, runs).astype(int).tolist(), strict=True):
+                stream.seek(entry.offset + start * storage.itemsize)
+                stream.readinto(memoryview(run).cast("B"))
+        return decode(bits.ravel(), entry.dtype, work)
+
 
 def read_bits(file: Path, storage: np.dtype, offset: int, size: int, piece_size: int = PIECE) -> Iterator[np.ndarray]:
     """`size` values from byte `offset` on, in pieces: read(), not mmap, whose pages would count as resident memory."""
@@ -158,17 +171,21 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
     return rounded.astype(np.uint16)
 
 
+def all_finite(bits: np.ndarray, dtype: str) -> bool:
+    """Whether no stored value is NaN or infinite (all bits of its exponent set)."""
+    kind, mask = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}[dtype]
+    return not ((bits.view(kind) & kind(mask)) == mask).any()
+
+
 def inspect_file(entries: list[Entry], advance: Callable[[int], object]) -> str:
     """The file's SHA-256, in one reading that also finds NaN and infinity: `ValueError` naming file and tensor."""
     file = entries[0].file
     with file.open("rb") as stream:
         digest = hashlib.sha256(stream.read(entries[0].offset))
-    exponent = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
     for entry in entries:
-        kind, mask = exponent[entry.dtype]
-        for bits in read_bits(file, np.dtype(kind), entry.offset, entry.size):
+        for bits in read_bits(file, STORAGE[entry.dtype], entry.offset, entry.size, 4 * PIECE):
             digest.update(bits)
-            if ((bits & mask) == mask).any():
+            if not all_finite(bits, entry.dtype):
                 raise ValueError(f"{file}: {entry.name} holds NaN or infinity; this model is broken, take another one")
             advance(bits.size)
     return digest.hexdigest()

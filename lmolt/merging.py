@@ -23,7 +23,7 @@ from itertools import combinations
 
 import numpy as np
 
-from lmolt.checkpoints import Checkpoint, decode, encode
+from lmolt.checkpoints import Checkpoint, all_finite, decode, encode
 
 METHODS = ("ties", "slerp", "linear", "dare_ties")
 
@@ -134,32 +134,84 @@ def weighted_sum(values: list[np.ndarray], factors: list[float]) -> np.ndarray:
     return total
 
 
-def elect(deltas: list[np.ndarray], weights: list[float], normalize: bool, scale: float, rounded=lambda x: x):
-    """TIES' last two steps on trimmed deltas: what is added to the base. `rounded` is applied after every step."""
-    number = deltas[0].dtype.type
-    weights = [rounded(np.array([weight], number)) for weight in weights]
+def fused_sum(values: list[np.ndarray], factors: list[float]) -> np.ndarray:
+    """The same in float32 as torch's `addcmul_` has it: multiplied and added with one rounding, here by float64."""
+    total = np.zeros_like(values[0])
+    for value, factor in zip(values, factors, strict=True):
+        total = (value * np.float64(np.float32(factor)) + total).astype(np.float32)
+    return total
+
+
+def elect(
+    deltas: list[np.ndarray], weights: list[float], normalize: bool, scale: float, rounded=lambda x: x
+) -> tuple[np.ndarray, int]:
+    """TIES' last two steps on trimmed deltas: what is added to the base, and how many values are in conflict.
+
+    `rounded` is applied after every step. Votes are turned so that the elected sign is +: agreeing ones are then > 0.
+    """
+    number, integer = deltas[0].dtype.type, np.dtype(f"i{deltas[0].itemsize}")
+    weights = [rounded(np.array([weight], number))[0] for weight in weights]
     votes = [rounded(delta * weight) for delta, weight in zip(deltas, weights, strict=True)]
-    positive = rounded(sum(votes)) >= 0
-    total, divisor = np.zeros_like(votes[0]), np.zeros_like(votes[0])
+    elected = rounded(sum(votes[1:], start=votes[0])) if len(votes) > 1 else votes[0].copy()
+    elected = elected.view(integer)
+    elected &= np.iinfo(integer).min  # its sign bit
+    zeros, total, divisor, conflict = np.zeros_like(votes[0]), 0, 0, False
     for vote, weight in zip(votes, weights, strict=True):
-        agrees = (vote > 0) == positive
-        agrees &= vote != 0
-        total += vote * agrees
-        divisor += weight * agrees
+        turned = vote.view(integer)
+        turned ^= elected
+        conflict |= vote < 0
+        if normalize:
+            divisor += weight * (vote > 0)
+        total += np.maximum(vote, zeros, out=vote)  # three times as fast as with a scalar 0
+    turned = total.view(integer)
+    turned ^= elected
     total = rounded(total)
     if normalize:
         divisor = rounded(divisor)
         divisor += divisor == 0
-        total = rounded(total / divisor)
-    return total if scale == 1 else rounded(total * number(scale))
+        total = rounded(np.divide(total, divisor, out=total))
+    return total if scale == 1 else rounded(total * number(scale)), int(np.count_nonzero(conflict))
 
 
-def trim_threshold(magnitudes: Callable[[], Iterator[np.ndarray]], size: int, density: float) -> tuple[float, int]:
+def trim_threshold(magnitudes: Callable[[], Iterator[np.ndarray]], size: int, density: float, sample: np.ndarray):
     """The k-th largest magnitude, k = max(1, int(density size)), and how many of those equal to it stay.
 
-    A radix select: the bits of a positive float order as integers, and each reading of the tensor settles 16 of them.
+    A sample brackets it; one reading counts what lies above the bracket and sorts what lies within.
     """
-    left, prefix = max(1, int(density * size)), 0
+    k = max(1, int(density * size))
+    sample = np.sort(sample)
+    rank, margin = len(sample) * (1 - k / size), 0.008 * len(sample)  # four standard errors of a sample of 65,536
+    low = sample[max(0, int(rank - margin))]
+    high = sample[min(len(sample) - 1, int(rank + margin))]
+    above = at_high = at_low = 0
+    within = []
+    for piece in magnitudes():
+        above += np.count_nonzero(piece > high)
+        at_high += np.count_nonzero(piece == high)
+        at_low += np.count_nonzero(piece == low)
+        inside = piece > low
+        inside &= piece < high
+        within.append(piece[inside])
+    within = np.concatenate(within)
+    if above < k <= above + at_high:
+        return float(high), k - above
+    left = k - above - at_high
+    if 0 < left <= within.size:
+        place = within.size - left
+        within.partition(place)
+        return float(within[place]), left - int(np.count_nonzero(within > within[place]))
+    left -= within.size
+    if low < high and 0 < left <= at_low:
+        return float(low), left
+    return radix_select(magnitudes, k)
+
+
+def radix_select(magnitudes: Callable[[], Iterator[np.ndarray]], k: int) -> tuple[float, int]:
+    """The k-th largest magnitude and how many of those equal to it stay, whatever the values.
+
+    The bits of a positive float order as integers, and each reading of the tensor settles 16 of them.
+    """
+    left, prefix = k, 0
     width = next(magnitudes()).itemsize * 8
     unsigned = np.dtype(f"u{width // 8}")
     for shift in range(width - 16, -1, -16):
@@ -204,8 +256,8 @@ def merge_tensor(
 ) -> dict:
     """Merge one tensor, `write` its encoded pieces, and return what became of it.
 
-    The record: `size`, `inner` (inner products of the inputs, or of their deltas from the base, and last of the output
-    as stored), `linear` (SLERP fell back), `conflicts` (values whose kept votes disagree in sign).
+    The record: `size`, `inner` (inner products of the inputs, or of their deltas from the base, and last of what they
+    became, before it is rounded), `linear` (SLERP fell back), `conflicts` (values whose kept votes disagree in sign).
     """
     sources = [*models, base] if base else models
     float32 = dtype == "F32" or any(source.entries[name].dtype == "F32" for source in sources)
@@ -213,35 +265,42 @@ def merge_tensor(
     rounded = (lambda x: decode(encode(x, dtype), dtype)) if recipe.rounding == "mergekit" else (lambda x: x)
     weights = recipe.weights_of(name)
     record = {"size": models[0].entries[name].size}
-    inner = np.zeros((len(models) + 1, len(models) + 1))
+    inner, finite = np.zeros((len(models) + 1, len(models) + 1)), True
 
     if base:
-        combine = ties_combiner(name, models, base, recipe, work, rounded, record)
+        combine = ties_combiner(name, models, base, recipe, work, rounded, record, inner)
     elif recipe.method == "slerp":
-        dots = np.zeros((2, 2))
         for pair in zip(*(model.read(name, work) for model in models), strict=True):
-            add_inner_products(dots, pair)
-        *factors, record["linear"] = slerp_coefficients(dots, weights[1] / sum(weights))
-        combine = lambda pieces: (weighted_sum(pieces, factors), pieces, None)
+            add_inner_products(inner, pair)
+        *factors, record["linear"] = slerp_coefficients(inner[:2, :2], weights[1] / sum(weights))
+        combine = lambda pieces: weighted_sum(pieces, factors)
     else:
-        total = work(0)
-        for weight in weights:
-            total += work(weight)
-        combine = lambda pieces: (weighted_sum(pieces, weights) / total, pieces, None)
+        total = sum(weights) if recipe.normalize else 1.0
+        factors = [weight / total for weight in weights]
+
+        def combine(pieces):
+            add_inner_products(inner, pieces)
+            if recipe.rounding == "mergekit":
+                return fused_sum(pieces, weights) / (sum(map(work, weights)) if recipe.normalize else work(1))
+            return weighted_sum(pieces, factors)
 
     for pieces in zip(*(source.read(name, work) for source in sources), strict=True):
-        merged, vectors, origin = combine(pieces)
-        stored = encode(merged, dtype)
+        stored = encode(combine(pieces), dtype)
+        finite = finite and all_finite(stored, dtype)
         write(stored)
-        outcome = decode(stored, dtype, work)
-        add_inner_products(inner, [*vectors, outcome if origin is None else outcome - origin])
-    if not np.isfinite(inner).all():
+    if not finite:
         raise ValueError(f"{name}: the merged values leave the range of {dtype}; take another --dtype or other weights")
+    if not base:  # the output is a sum of the inputs, and so are its inner products
+        inner[-1] = [*factors, 0] @ inner
+        inner[:, -1] = inner @ [*factors, 0]
     return {**record, "inner": inner.tolist()}
 
 
-def ties_combiner(name, models, base, recipe, work, rounded, record):
-    """The function that turns a piece of every model and the base into (merged, deltas, base) by TIES or DARE-TIES."""
+def ties_combiner(name, models, base, recipe, work, rounded, record, inner):
+    """The function that turns a piece of every model and the base into the merged one by TIES or DARE-TIES.
+
+    It counts in `record` and `inner` as it goes (see merge_tensor).
+    """
 
     def magnitudes(model: Checkpoint) -> Iterator[np.ndarray]:
         for x, b in zip(model.read(name, work), base.read(name, work), strict=True):
@@ -260,21 +319,18 @@ def ties_combiner(name, models, base, recipe, work, rounded, record):
         elif recipe.method == "dare_ties":
             trims.append(dropout(index, density))
         else:
-            trims.append(Trim(*trim_threshold(lambda model=model: magnitudes(model), record["size"], density)))
+            sample = np.abs(rounded(model.sample(name, work) - base.sample(name, work)))
+            trims.append(Trim(*trim_threshold(lambda model=model: magnitudes(model), record["size"], density, sample)))
     weights, record["conflicts"] = recipe.weights_of(name), 0
 
     def combine(pieces):
         *values, origin = pieces
         deltas = [rounded(value - origin) for value in values]
         kept = [delta if trim is None else delta * trim(delta) for delta, trim in zip(deltas, trims, strict=True)]
-        votes = [delta if weight >= 0 else -delta for delta, weight in zip(kept, weights, strict=True) if weight]
-        if len(votes) > 1:
-            above, below = votes[0] > 0, votes[0] < 0
-            for vote in votes[1:]:
-                above |= vote > 0
-                below |= vote < 0
-            record["conflicts"] += int(np.count_nonzero(above & below))
-        return origin + elect(kept, weights, recipe.normalize, recipe.scale, rounded), deltas, origin
+        added, conflicts = elect(kept, weights, recipe.normalize, recipe.scale, rounded)
+        record["conflicts"] += conflicts
+        add_inner_products(inner, [*deltas, added])
+        return origin + added
 
     return combine
 

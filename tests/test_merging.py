@@ -1,0 +1,274 @@
+"""The formulas against literals, against mergekit's written out in torch, and against float64."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lmolt import checkpoints, merging
+from lmolt.checkpoints import Checkpoint
+from lmolt.verification import plain, units_apart
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+SHAPE = (700, 400)  # more than two pieces
+
+
+def checkpoint(folder, values, dtype=torch.bfloat16, **config) -> Checkpoint:
+    """A folder with one tensor `w` of these values."""
+    folder.mkdir()
+    save_file({"w": torch.as_tensor(values).to(dtype)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return Checkpoint(folder)
+
+
+@pytest.fixture(params=DTYPES)
+def three(request, tmp_path):
+    """(type, [base, A, B, C] as tensors, as checkpoints): deltas a tenth of the weights."""
+    torch.manual_seed(1)
+    base = torch.randn(SHAPE) * 0.02
+    tensors = [x.to(DTYPES[request.param]) for x in (base, *(base + torch.randn(SHAPE) * 0.002 for _ in range(3)))]
+    folders = [checkpoint(tmp_path / str(i), x, x.dtype) for i, x in enumerate(tensors)]
+    return request.param, tensors, folders
+
+
+def merge(recipe, models, base=None, dtype="BF16"):
+    """The merged tensor `w` in float64 and its record."""
+    pieces = []
+    record = merging.merge_tensor("w", models, base, recipe, dtype, pieces.append)
+    return np.concatenate([checkpoints.decode(piece, dtype, np.float64) for piece in pieces]), record
+
+
+# --- literals
+
+
+def literal(tmp_path, recipe, base, *models):
+    base = checkpoint(tmp_path / "base", base, torch.float32) if base is not None else None
+    models = [checkpoint(tmp_path / str(i), model, torch.float32) for i, model in enumerate(models)]
+    return merge(recipe, models, base, "F32")
+
+
+def test_ties_by_hand(tmp_path):
+    """Trim to 2 of 4; the votes 3, -1 elect +; the loser's weight is not in the divisor."""
+    recipe = merging.Recipe("ties", [1.0, 0.5], [0.5, 0.5])
+    merged, record = literal(tmp_path, recipe, [1.0, 1, 1, 1], [4.0, 1.5, -1, 1], [-1.0, 1.25, 3, 1])
+    # deltas 3 .5 -2 0 and -2 .25 2 0; kept 3 0 -2 0 and -2 0 2 0; votes 3 0 -2 0 and -1 0 1 0
+    assert merged.tolist() == [4, 1, -1, 1]
+    assert record["conflicts"] == 2
+
+
+def test_ties_without_normalisation_with_lambda(tmp_path):
+    recipe = merging.Recipe("ties", [1.0, 0.5], [1.0, 1.0], normalize=False, scale=2.0)
+    merged, _ = literal(tmp_path, recipe, [0.0, 0, 0], [1.0, -4, 1], [2.0, 2, -2])
+    assert merged.tolist() == [4, -8, 2]  # the last: a sum of 0 elects +
+
+
+def test_of_equal_magnitudes_the_first_stay(tmp_path):
+    recipe = merging.Recipe("ties", [1.0], [0.5])
+    merged, _ = literal(tmp_path, recipe, [0.0] * 6, [1.0, -1, 2, 1, 1, -1])
+    assert merged.tolist() == [1, -1, 2, 0, 0, 0]
+
+
+def test_linear_divides_by_the_sum_of_weights(tmp_path):
+    merged, _ = literal(tmp_path, merging.Recipe("linear", [3.0, 1.0]), None, [4.0, 8], [0.0, -8])
+    assert merged.tolist() == [3, 4]
+
+
+def test_slerp_of_a_right_angle(tmp_path):
+    merged, record = literal(tmp_path, merging.Recipe("slerp", [0.5, 0.5]), None, [2.0, 0], [0.0, 3])
+    assert merged == pytest.approx([2 * 0.5**0.5, 3 * 0.5**0.5]) and not record["linear"]
+
+
+def test_slerp_is_linear_where_the_angle_is_small_and_takes_zeros(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    merged, record = literal(tmp_path / "a", merging.Recipe("slerp", [0.75, 0.25]), None, [4.0, 4], [8.0, 8])
+    assert merged.tolist() == [5, 5] and record["linear"]
+    merged, record = literal(tmp_path / "b", merging.Recipe("slerp", [0.5, 0.5]), None, [0.0, 0], [2.0, 0])
+    assert merged == pytest.approx([2 * 0.5**0.5, 0]) and not record["linear"]
+
+
+def test_dare_keeps_the_expected_delta(tmp_path):
+    size = 200_000
+    merged, _ = literal(tmp_path, merging.Recipe("dare_ties", [1.0], [0.25]), np.zeros(size), np.ones(size))
+    assert set(merged.tolist()) == {0, 4} and merged.mean() == pytest.approx(1, abs=0.02)
+
+
+def test_the_pattern_decides_the_weights():
+    recipe = merging.Recipe("linear", [0.5, 0.5], weights_for={"layers": [0.2, 0.8], r"layers\.1\.": [1.0, 0.0]})
+    assert recipe.weights_of("embed") == [0.5, 0.5]
+    assert recipe.weights_of("layers.0.q") == [0.2, 0.8]
+    assert recipe.weights_of("layers.1.q") == [1.0, 0.0]
+
+
+def test_effective_weights_are_the_fit():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 1000))
+    vectors = np.stack([x, y, 0.7 * x - 0.2 * y])
+    inner = vectors @ vectors.T
+    assert merging.effective_weights(inner) == pytest.approx([0.7, -0.2])
+    assert merging.cosines(inner) == pytest.approx([x @ y / np.linalg.norm(x) / np.linalg.norm(y)])
+
+
+# --- mergekit 0.1.5, its formulas written out
+
+
+def mergekit_linear(models, weights):
+    total = torch.zeros(SHAPE)
+    weights = torch.tensor(weights)
+    for model, weight in zip(models, weights, strict=True):
+        total.addcmul_(model, weight)
+    return (total / weights.sum()).to(models[0].dtype)
+
+
+def mergekit_ties(base, models, weights, density, normalize, scale):
+    deltas = []
+    for model, rho in zip(models, density, strict=True):
+        delta = model - base
+        first = torch.argsort(delta.abs().float().flatten(), descending=True, stable=True)
+        mask = torch.zeros(delta.numel(), dtype=delta.dtype)
+        mask[first[: max(1, int(rho * delta.numel()))]] = 1
+        deltas.append(delta * mask.reshape(SHAPE))
+    deltas = torch.stack(deltas)
+    weights = torch.tensor(weights, dtype=base.dtype)[:, None, None]
+    deltas = deltas * weights
+    elected = (deltas.sum(dim=0) >= 0).to(base.dtype) * 2 - 1
+    mask = deltas.sign() == elected
+    mixed, divisor = (deltas * mask).sum(dim=0), (weights * mask).sum(dim=0)
+    divisor[divisor == 0] = 1
+    if normalize:
+        mixed = mixed / divisor
+    if scale != 1:
+        mixed *= scale
+    return base + mixed
+
+
+def mergekit_slerp(a, b, t):
+    x, y = a.float(), b.float()
+    theta = torch.acos(((x / x.norm()) * (y / y.norm())).sum())
+    return (torch.sin((1 - t) * theta) / theta.sin() * x + torch.sin(t * theta) / theta.sin() * y).to(a.dtype)
+
+
+@pytest.mark.parametrize("weights", [[0.95, 0.05], [0.5, 0.5], [0.3, 0.5, 0.4]])
+def test_linear_is_mergekits_bit_for_bit(three, weights):
+    dtype, (_, *tensors), (_, *folders) = three
+    count = len(weights)
+    merged, _ = merge(merging.Recipe("linear", weights, rounding="mergekit"), folders[:count], dtype=dtype)
+    theirs = mergekit_linear(tensors[:count], weights).double().numpy().ravel()
+    assert (merged != theirs).sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("weights", "density", "normalize", "scale"),
+    [
+        ([0.95, 0.05], [0.5, 0.5], True, 1.0),
+        ([0.95, 0.05], [0.2, 0.2], False, 1.0),
+        ([0.7, 0.3], [1.0, 0.3], True, 0.8),
+        ([0.5, 0.3, 0.2], [0.5, 0.2, 0.9], True, 1.0),
+        ([1.0, -0.5], [0.5, 0.5], True, 1.0),
+    ],
+)
+def test_ties_is_mergekits_bit_for_bit(three, weights, density, normalize, scale):
+    dtype, (base, *tensors), (base_folder, *folders) = three
+    count = len(weights)
+    recipe = merging.Recipe("ties", weights, density, normalize, scale, "mergekit")
+    merged, _ = merge(recipe, folders[:count], base_folder, dtype)
+    theirs = mergekit_ties(base, tensors[:count], weights, density, normalize, scale).double().numpy().ravel()
+    assert (merged != theirs).sum() == 0
+
+
+def test_slerp_is_mergekits_but_for_a_rounding(three):
+    dtype, (_, a, b, _), (_, *folders) = three
+    merged, _ = merge(merging.Recipe("slerp", [0.95, 0.05], rounding="mergekit"), folders[:2], dtype=dtype)
+    theirs = mergekit_slerp(a, b, 0.05).double().numpy().ravel()
+    if dtype != "F32":  # there the angle, too, is float32 for mergekit: every value moves
+        assert (merged != theirs).mean() < 1e-3
+    assert np.allclose(merged, theirs, rtol={"BF16": 2**-7, "F16": 2**-10, "F32": 2**-18}[dtype], atol=1e-7)
+
+
+# --- float64
+
+
+def exact_ties(base, models, recipe):
+    """TIES in float64 torch: another sort, another mask than ours or mergekit's."""
+    votes = []
+    for model, weight, density in zip(models, recipe.weights, recipe.density, strict=True):
+        delta = (model.double() - base.double()).flatten()
+        _, first = torch.sort(delta.abs(), descending=True, stable=True)
+        rank = torch.empty_like(first).scatter_(0, first, torch.arange(len(first)))
+        votes.append(weight * delta * (rank < max(1, int(density * len(first)))))
+    votes = torch.stack(votes)
+    elected = torch.where(votes.sum(0) < 0, -1.0, 1.0)
+    agree = votes * elected > 0
+    divisor = (torch.tensor(recipe.weights, dtype=torch.float64)[:, None] * agree).sum(0)
+    divisor[divisor == 0] = 1
+    return (base.double().flatten() + (votes * agree).sum(0) / divisor).numpy()
+
+
+@pytest.mark.parametrize("method", ["ties", "slerp", "linear"])
+def test_every_value_is_the_float64_formula_rounded_once(three, method):
+    dtype, (base, a, b, _), (base_folder, *folders) = three
+    recipe = merging.Recipe(method, [0.95, 0.05], [0.5, 0.2])
+    origin = base_folder if method == "ties" else None
+    merged, _ = merge(recipe, folders[:2], origin, dtype)
+    x, y = a.double().flatten(), b.double().flatten()
+    if method == "ties":
+        exact = exact_ties(base, [a, b], recipe)
+    elif method == "linear":
+        exact = (0.95 * x + 0.05 * y).numpy()
+    else:
+        theta = torch.acos(x @ y / x.norm() / y.norm())
+        exact = ((torch.sin(0.95 * theta) * x + torch.sin(0.05 * theta) * y) / torch.sin(theta)).numpy()
+    assert (units_apart(merged, exact, dtype) > 0.501).mean() <= 1e-3
+    assert np.allclose(plain(recipe, "w", folders[:2], origin), exact, rtol=1e-12, atol=1e-15)  # --verify's formula
+
+
+def test_types_may_be_mixed(tmp_path):
+    torch.manual_seed(0)
+    a, b = torch.randn(1000), torch.randn(1000)
+    folders = [checkpoint(tmp_path / "a", a, torch.float16), checkpoint(tmp_path / "b", b, torch.float32)]
+    merged, _ = merge(merging.Recipe("linear", [0.5, 0.5]), folders, dtype="BF16")
+    assert merged.tolist() == ((a.half().double() + b.double()) / 2).bfloat16().double().tolist()
+
+
+# --- the trim
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.random.default_rng(0).standard_normal(300_000),
+        np.random.default_rng(0).integers(-3, 4, 300_000),  # few magnitudes, many ties
+        np.zeros(300_000),
+        np.repeat([0.0, 1e-30, 5.0], 100_000),  # sorted: a piece is no sample of the whole
+        np.sort(np.random.default_rng(0).standard_cauchy(300_000)),
+        np.array([3.0]),
+        np.array([1.0, -1.0, 2.0]),
+    ],
+    ids=["normal", "integers", "zeros", "blocks", "sorted", "one", "three"],
+)
+@pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 0.99])
+def test_trim_keeps_what_a_stable_sort_keeps(tmp_path, values, density, kind):
+    values = values.astype(np.float32)
+    zero = checkpoint(tmp_path / "0", np.zeros_like(values), torch.float32)
+    one = checkpoint(tmp_path / "1", values, torch.float32)
+    rounding = "once" if kind is np.float64 else "mergekit"
+    merged, _ = merge(merging.Recipe("ties", [1.0], [density], rounding=rounding), [one], zero, "F32")
+    expected = np.zeros_like(values)
+    first = np.argsort(-np.abs(values), kind="stable")[: max(1, int(density * values.size))]
+    expected[first] = values[first]
+    assert np.array_equal(merged, expected)
+
+
+# --- storage
+
+
+def test_bfloat16_rounds_as_torch_does():
+    bits = np.arange(0, 1 << 32, 99_991, np.uint64).astype(np.uint32)
+    values = bits.view(np.float32)
+    values = values[np.isfinite(values)]
+    ours = checkpoints.encode(values, "BF16")
+    assert np.array_equal(ours, torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16))
+    again = checkpoints.decode(ours, "BF16")
+    assert np.array_equal(checkpoints.encode(again[np.isfinite(again)], "BF16"), ours[np.isfinite(again)])
