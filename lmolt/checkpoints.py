@@ -23,7 +23,7 @@ np.empty(1 << 24, np.uint8)
 # numpy has no bfloat16: its bits travel as uint16
 STORAGE = {"BF16": np.dtype(np.uint16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-PIECE = 1 << 15  # values worked on at a time: half a MiB in float32, which stays in a core's cache
+PIECE = 1 << 17  # values worked on at a time: half a MiB in float32, which stays in a core's cache
 
 COPIED = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
