@@ -1,4 +1,4 @@
-"""N-gram overlap of a whole corpus at once, and the scores made of it: BLEU, ROUGE-n, Chr-F, count Tanimoto.
+"""N-gram overlap of a whole corpus at once, and the scores made of it: BLEU, ROUGE-n, Chr-F.
 
 A text is a sequence of integers. A corpus of n texts is `(tokens, lengths)`: all tokens end to end, int64, and the
 number of each text's, `(n,)`.
@@ -22,20 +22,6 @@ def characters(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64), lengths
 
 
-def shared_counts(rows_a, keys_a, counts_a, rows_b, keys_b, counts_b, n: int) -> np.ndarray:
-    """Per row the sum over keys of min(count in a, count in b), `(n,)`; a (row, key) may not repeat within a side."""
-    rows, keys = np.concatenate([rows_a, rows_b]), np.concatenate([keys_a, keys_b])
-    counts = np.concatenate([counts_a, counts_b])
-    if len(keys) == 0:
-        return np.zeros(n)
-    if keys.max() >= _LARGEST_KEY // n:
-        keys = np.unique(keys, return_inverse=True)[1]
-    order = np.argsort(keys * n + rows, kind="stable")
-    rows, keys, counts = rows[order], keys[order], counts[order]
-    twins = np.flatnonzero((keys[1:] == keys[:-1]) & (rows[1:] == rows[:-1]))
-    return np.bincount(rows[twins], np.minimum(counts[twins], counts[twins + 1]), n).astype(float)
-
-
 def overlap(references: tuple, predictions: tuple, max_order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Clipped n-gram matches of orders 1 to `max_order`.
 
@@ -45,26 +31,23 @@ def overlap(references: tuple, predictions: tuple, max_order: int) -> tuple[np.n
     n = len(references[1])
     rows = [np.repeat(np.arange(n), lengths) for _, lengths in (references, predictions)]
     vocabulary, tokens = np.unique(np.concatenate([references[0], predictions[0]]), return_inverse=True)
-    tokens = list(np.split(tokens.astype(np.int64), [len(references[0])]))
-    keys, matches, totals = list(tokens), [], []
+    tokens = np.split(tokens, [len(references[0])])
+    keys, matches, totals = tokens, [], []
     for order in range(1, max_order + 1):
         if order > 1:
             size = max((k.max() for k in keys if len(k)), default=0) + 1
             if size * len(vocabulary) * n >= _LARGEST_KEY:  # rank the keys anew, so that they stay exact in 64 bits
                 ranked = np.unique(np.concatenate(keys), return_inverse=True)[1]
-                keys = np.split(ranked.astype(np.int64), [len(keys[0])])
-            for side in range(2):
-                inside = rows[side][: -(order - 1)] == rows[side][order - 1 :]
-                keys[side] = keys[side][:-1] if len(keys[side]) else keys[side]
-                keys[side] = keys[side] * len(vocabulary) + tokens[side][order - 1 :]
-                keys[side] = np.where(inside, keys[side], 0)
+                keys = np.split(ranked, [len(keys[0])])
+            # A key may run over the end of its text here; such keys are not counted below.
+            keys = [k[:-1] * len(vocabulary) + t[order - 1 :] for k, t in zip(keys, tokens, strict=True)]
         counted = []
-        for side in range(2):
-            starts = rows[side][: len(keys[side])]
-            whole = starts == rows[side][order - 1 :]
-            unique, counts = np.unique(keys[side][whole] * n + starts[whole], return_counts=True)
-            counted += [unique % n, unique // n, counts]
-        matches.append(shared_counts(*counted, n))
+        for key, row in zip(keys, rows, strict=True):
+            start = row[: len(key)]
+            whole = start == row[order - 1 :]
+            counted += np.unique(key[whole] * n + start[whole], return_counts=True)
+        both, ours, theirs = np.intersect1d(counted[0], counted[2], assume_unique=True, return_indices=True)
+        matches.append(np.bincount(both % n, np.minimum(counted[1][ours], counted[3][theirs]), n).astype(float))
         totals.append([np.maximum(lengths - order + 1, 0) for _, lengths in (references, predictions)])
     reference_totals, prediction_totals = np.array(totals, float).transpose(1, 2, 0)
     return np.array(matches).T, reference_totals, prediction_totals
