@@ -23,7 +23,7 @@ np.empty(1 << 24, np.uint8)
 # numpy has no bfloat16: its bits travel as uint16
 STORAGE = {"BF16": np.dtype(np.uint16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-PIECE = 1 << 17  # values worked on at a time: half a MiB in float32, which stays in a core's cache
+PIECE = 1 << 16  # values worked on at a time: a quarter of a MiB in float32, so that a few stay in a core's cache
 
 COPIED = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
@@ -286,6 +286,9 @@ class OutputFolder:
         (self.partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.journal.unlink()
         (self.partial / "plan.json").unlink()
-        if self.folder.exists():  # --overwrite: the old one stays until the new one is whole
-            shutil.rmtree(self.folder)
+        replaced = self.folder.with_name(self.folder.name + ".replaced")  # --overwrite: the old one stays until now
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.folder.exists():
+            self.folder.replace(replaced)
         self.partial.replace(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
