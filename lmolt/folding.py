@@ -120,16 +120,16 @@ def fold_tensor(
         write(encode(weight.numpy().ravel(), dtype))
         return {**record, "how": "dequantised"}
 
-    down, up = (adapter.tensors.get_tensor(key) for key in adapter.factors[name])  # (r, in), (out, r)
-    scale, kind = adapter.scale(name, len(down)), up.dtype
+    down, up = (adapter.tensors.get_tensor(key).float() for key in adapter.factors[name])  # (r, in), (out, r)
+    scale = adapter.scale(name, len(down))
     if adapter.config.get("fan_in_fan_out"):  # Conv1D stores (in, out)
-        blocks = [(up.float() @ down.float()).T.contiguous()]
+        blocks = [(up @ down).T.contiguous()]
     else:  # blocks of even height: torch adds in another order in one of a few rows
         count = max(1, min(entry.size // BLOCK, len(up) // 64))
-        blocks = (block.float() @ down.float() for block in torch.tensor_split(up, count))
+        blocks = (block @ down for block in torch.tensor_split(up, count))
     start, before, added = 0, 0.0, 0.0
     for block in blocks:
-        delta = (block * scale).to(kind).float().numpy()  # PEFT works in float32 and goes back to the adapter's type
+        delta = (block * scale).numpy()
         if quantised:
             rows = weight[start : start + len(delta)].numpy()
         else:
