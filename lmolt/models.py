@@ -65,6 +65,8 @@ def load_base(name: str, *, revision=None, load_in_4bit=False, dtype=torch.bfloa
         trust_remote_code=trust_remote_code,
         **kwargs,
     )
+    if not model._supports_attention_backend or getattr(config, "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # BLOOM's ALiBi, Gemma 2's soft cap: no mask of ours fits
     if load_in_4bit and not any(type(module).__name__ == "Linear4bit" for module in model.modules()):
         raise ValueError(f"{name!r} ({config.model_type}) has no linear layer to quantise; use --load_in_4bit false")
     return model

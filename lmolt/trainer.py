@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import is_torch_npu_available, is_torch_xpu_available
 
 from lmolt import losses, reference, resume
+from lmolt.attention import TREE
 from lmolt.batches import (
     Example,
     MicroBatch,
@@ -126,6 +127,9 @@ class PreferenceTrainer(Trainer):
     """
 
     def __init__(self, model, args: PreferenceArguments, train: list[Example], evaluation: list[Example], **kwargs):
+        if args.packing == "tree" and model.config._attn_implementation not in (TREE, "sdpa"):
+            logger.warning("%s takes no tree mask: rows are padded, with the same numbers", model.config.model_type)
+            args.packing = "padded"
         self.costs = tree_costs(train)
         self.seed = args.seed if args.data_seed is None else args.data_seed
         self.pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from lmolt import batches, models
 from lmolt.batches import StepBatchSampler, balance
@@ -274,3 +274,22 @@ def test_a_second_run_finds_its_reference_and_another_model_does_not(tiny_policy
     assert again.set_references({"base": "a", "adapter": ""}) == "cached"
     assert [example.reference for example in again.train_dataset.examples] == first
     assert again.set_references({"base": "a", "adapter": "b"}) == "computed"
+
+
+def test_a_model_without_tree_attention_trains_on_padded_rows(tiny_policy, few_triples, tmp_path, caplog):
+    config = Gemma2Config(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma")
+    models.load_tokenizer(str(tiny_policy)).save_pretrained(tmp_path / "gemma")
+    trainer = make_trainer(tmp_path / "gemma", few_triples, tmp_path, per_device_train_batch_size=8, max_steps=1)
+    trainer.train()
+    assert trainer.args.packing == "padded"
+    assert "gemma2 takes no tree mask" in caplog.text
+    assert trainer.efficiency.padding_tokens > 0
