@@ -47,6 +47,7 @@ class Scale(NamedTuple):
 SCALES = {"full": Scale(None, 128, 4, 2, 5, 2, 4, 0.3), "tiny": Scale(200, 64, 1, 1, 1, 1, 1, 0.5)}
 VOCABULARY = 1280
 TOKENS_PER_BATCH = 800
+SOURCE_WEIGHT = 0.2  # of a source's tokens in the Llamas' loss, outputs having 1
 
 
 # --- pairs
@@ -202,35 +203,47 @@ def _train_base(train: list[dict], tokenizer, size: Scale):
 
 
 def _train_llama(base: Path, train: list[dict], direction: str, tokenizer, size: Scale):
-    """`base` trained with the paper's prompts of one direction."""
+    """`base` trained with the paper's prompts of one direction.
+
+    Embeddings and head stay as they are and sources are learned a little, so that the model goes on knowing the
+    language it doesn't write: LoRA, which leaves the head alone, could teach it nothing otherwise.
+    """
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(base)
+    model.get_input_embeddings().requires_grad_(False)
+    model.get_output_embeddings().requires_grad_(False)
     source, target = COLUMNS[direction]
     prompts = [encode_prompt(tokenizer, build_prompt(direction, pair[source])) for pair in train]
     instruction = os.path.commonprefix(prompts)
+    closing = len(os.path.commonprefix([prompt[::-1] for prompt in prompts]))  # from the source's end to the output
     rows = [
         (prompt[len(instruction) :], encode_output(tokenizer, pair[target]))
         for prompt, pair in zip(prompts, train, strict=True)
     ]
-    _optimise(model, rows, _causal_loss(model, instruction), size.llama_epochs, f"Llama {direction}")
+    _optimise(model, rows, _causal_loss(model, instruction, closing), size.llama_epochs, f"Llama {direction}")
     return model
 
 
-def _causal_loss(model, instruction: list[int]):
-    """Cross-entropy of a batch's outputs after `instruction` and their sources; the instruction is computed once."""
+def _causal_loss(model, instruction: list[int], closing: int = 0):
+    """Cross-entropy of a batch's outputs and, weighted down, its sources, whose last `closing` tokens the prompt sets.
+
+    All rows follow `instruction`, which is computed once for the batch, with its gradient.
+    """
     import torch
     from transformers import DynamicCache
 
     def loss(batch):
-        ids, scored = _pad([s + t for s, t in batch]), _pad([[0] * len(s) + [1] * len(t) for s, t in batch])
+        ids = _pad([s + t for s, t in batch])
+        weights = _pad([[SOURCE_WEIGHT] * (len(s) - closing) + [0.0] * closing + [1.0] * len(t) for s, t in batch])
         cache = DynamicCache()
         first = model.model(torch.tensor([instruction]), past_key_values=cache).last_hidden_state[:, -1:]
         cache.batch_repeat_interleave(len(batch))
         hidden = model.model(ids, past_key_values=cache).last_hidden_state  # (B, T, H)
         hidden = torch.cat([first.expand(len(batch), -1, -1), hidden[:, :-1]], 1)  # at t what predicts ids[:, t]
-        scored = scored.bool()
-        return torch.nn.functional.cross_entropy(model.lm_head(hidden[scored]), ids[scored])
+        scored = weights > 0
+        losses = torch.nn.functional.cross_entropy(model.lm_head(hidden[scored]), ids[scored], reduction="none")
+        return (losses * weights[scored]).sum() / weights.sum()
 
     return loss
 
