@@ -172,9 +172,13 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def all_finite(bits: np.ndarray, dtype: str) -> bool:
-    """Whether no stored value is NaN or infinite (all bits of its exponent set)."""
-    kind, mask = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}[dtype]
-    return not ((bits.view(kind) & kind(mask)) == mask).any()
+    """Whether no stored value is NaN or infinite: those have all bits of the exponent set, more than any other."""
+    kind, sign, infinity = {
+        "BF16": (np.uint16, 0x8000, 0x7F80),
+        "F16": (np.uint16, 0x8000, 0x7C00),
+        "F32": (np.uint32, 0x80000000, 0x7F800000),
+    }[dtype]
+    return bool((bits.view(kind) & kind(sign - 1)).max() < infinity)
 
 
 def inspect_file(entries: list[Entry], advance: Callable[[int], object]) -> str:

@@ -19,7 +19,9 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import combinations
+from operator import iadd
 
 import numpy as np
 
@@ -155,55 +157,63 @@ def elect(
     elected = rounded(sum(votes[1:], start=votes[0])) if len(votes) > 1 else votes[0].copy()
     elected = elected.view(integer)
     elected &= np.iinfo(integer).min  # its sign bit
-    zeros, total, divisor, conflict = np.zeros_like(votes[0]), 0, 0, False
-    for vote, weight in zip(votes, weights, strict=True):
+    zeros, conflict = np.zeros_like(votes[0]), False
+    for vote in votes:
         turned = vote.view(integer)
         turned ^= elected
         conflict |= vote < 0
-        if normalize:
-            divisor += weight * (vote > 0)
-        total += np.maximum(vote, zeros, out=vote)  # three times as fast as with a scalar 0
+        np.maximum(vote, zeros, out=vote)  # three times as fast as with a scalar 0
+    if normalize:
+        divisor = rounded(reduce(iadd, (weight * (vote > 0) for vote, weight in zip(votes, weights, strict=True))))
+    total = reduce(iadd, votes)
     turned = total.view(integer)
     turned ^= elected
     total = rounded(total)
     if normalize:
-        divisor = rounded(divisor)
-        divisor += divisor == 0
+        if min(weights) > 0:  # then a divisor of 0 is of a total of 0
+            zeros += min(weights)
+            np.maximum(divisor, zeros, out=divisor)
+        else:
+            divisor += divisor == 0
         total = rounded(np.divide(total, divisor, out=total))
     return total if scale == 1 else rounded(total * number(scale)), int(np.count_nonzero(conflict))
 
 
-def trim_threshold(magnitudes: Callable[[], Iterator[np.ndarray]], size: int, density: float, sample: np.ndarray):
-    """The k-th largest magnitude, k = max(1, int(density size)), and how many of those equal to it stay.
+class Bracket:
+    """The k-th largest magnitude in one reading: counts what is above a bracket and keeps what is within.
 
-    A sample brackets it; one reading counts what lies above the bracket and sorts what lies within.
+    A `sample` of the magnitudes sets the bracket; `size` is the whole tensor's.
     """
-    k = max(1, int(density * size))
-    sample = np.sort(sample)
-    rank, margin = len(sample) * (1 - k / size), 0.008 * len(sample)  # four standard errors of a sample of 65,536
-    low = sample[max(0, int(rank - margin))]
-    high = sample[min(len(sample) - 1, int(rank + margin))]
-    above = at_high = at_low = 0
-    within = []
-    for piece in magnitudes():
-        above += np.count_nonzero(piece > high)
-        at_high += np.count_nonzero(piece == high)
-        at_low += np.count_nonzero(piece == low)
-        inside = piece > low
-        inside &= piece < high
-        within.append(piece[inside])
-    within = np.concatenate(within)
-    if above < k <= above + at_high:
-        return float(high), k - above
-    left = k - above - at_high
-    if 0 < left <= within.size:
-        place = within.size - left
-        within.partition(place)
-        return float(within[place]), left - int(np.count_nonzero(within > within[place]))
-    left -= within.size
-    if low < high and 0 < left <= at_low:
-        return float(low), left
-    return radix_select(magnitudes, k)
+
+    def __init__(self, sample: np.ndarray, k: int, size: int):
+        self.k, sample = k, np.sort(sample)
+        rank, margin = len(sample) * (1 - k / size), 0.008 * len(sample)  # four standard errors of a sample of 65,536
+        self.low = sample[max(0, int(rank - margin))]
+        self.high = sample[min(len(sample) - 1, int(rank + margin))]
+        self.above = self.at_high = self.at_low = 0
+        self.within: list[np.ndarray] = []
+
+    def add(self, piece: np.ndarray) -> None:
+        self.above += np.count_nonzero(piece > self.high)
+        self.at_high += np.count_nonzero(piece == self.high)
+        self.at_low += np.count_nonzero(piece == self.low)
+        inside = piece > self.low
+        inside &= piece < self.high
+        self.within.append(piece[inside])
+
+    def threshold(self) -> tuple[float, int] | None:
+        """The k-th largest magnitude and how many of those equal to it stay; None if it is not in the bracket."""
+        left = self.k - self.above
+        if 0 < left <= self.at_high:
+            return float(self.high), left
+        left -= self.at_high
+        within = np.concatenate(self.within)
+        if 0 < left <= within.size:
+            place = within.size - left
+            within.partition(place)
+            return float(within[place]), left - int(np.count_nonzero(within > within[place]))
+        left -= within.size
+        return (float(self.low), left) if self.low < self.high and 0 < left <= self.at_low else None
 
 
 def radix_select(magnitudes: Callable[[], Iterator[np.ndarray]], k: int) -> tuple[float, int]:
@@ -302,25 +312,31 @@ def ties_combiner(name, models, base, recipe, work, rounded, record, inner):
     It counts in `record` and `inner` as it goes (see merge_tensor).
     """
 
-    def magnitudes(model: Checkpoint) -> Iterator[np.ndarray]:
-        for x, b in zip(model.read(name, work), base.read(name, work), strict=True):
-            x -= b
-            delta = rounded(x)
-            yield np.abs(delta, out=delta)
+    def magnitudes(*models: Checkpoint) -> Iterator[list[np.ndarray]]:
+        for *values, origin in zip(*(source.read(name, work) for source in (*models, base)), strict=True):
+            deltas = [rounded(np.subtract(value, origin, out=value)) for value in values]
+            yield [np.abs(delta, out=delta) for delta in deltas]
 
     def dropout(index: int, density: float) -> Callable[[np.ndarray], np.ndarray]:
         random = np.random.default_rng([recipe.seed, zlib.crc32(name.encode()), index])
         return lambda delta: (random.random(delta.size, np.float32) < density) / work(density)
 
-    trims = []
-    for index, (model, density) in enumerate(zip(models, recipe.density, strict=True)):
-        if density == 1 or not record["size"]:
-            trims.append(None)
-        elif recipe.method == "dare_ties":
-            trims.append(dropout(index, density))
-        else:
-            sample = np.abs(rounded(model.sample(name, work) - base.sample(name, work)))
-            trims.append(Trim(*trim_threshold(lambda model=model: magnitudes(model), record["size"], density, sample)))
+    size, trims = record["size"], [None] * len(models)
+    thin = [index for index, density in enumerate(recipe.density) if density < 1 and size]
+    if recipe.method == "dare_ties":
+        for index in thin:
+            trims[index] = dropout(index, recipe.density[index])
+    elif thin:
+        brackets = []
+        for index in thin:
+            sample = np.abs(rounded(models[index].sample(name, work) - base.sample(name, work)))
+            brackets.append(Bracket(sample, max(1, int(recipe.density[index] * size)), size))
+        for pieces in magnitudes(*(models[index] for index in thin)):
+            for bracket, piece in zip(brackets, pieces, strict=True):
+                bracket.add(piece)
+        for index, bracket in zip(thin, brackets, strict=True):
+            again = lambda index=index: (piece for (piece,) in magnitudes(models[index]))
+            trims[index] = Trim(*(bracket.threshold() or radix_select(again, bracket.k)))
     weights, record["conflicts"] = recipe.weights_of(name), 0
 
     def combine(pieces):
