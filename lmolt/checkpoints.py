@@ -161,7 +161,8 @@ def decode(bits: np.ndarray, dtype: str, work: type = np.float32) -> np.ndarray:
 def encode(values: np.ndarray, dtype: str) -> np.ndarray:
     """float32 or float64 rounded to the nearest stored value, ties to even."""
     if dtype != "BF16":
-        return values.astype(STORAGE[dtype])
+        with np.errstate(over="ignore"):  # infinity, which the caller looks for
+            return values.astype(STORAGE[dtype])
     bits = values.astype(np.float32, copy=False).view(np.uint32)
     rounded = bits >> 16
     rounded &= 1
@@ -208,7 +209,7 @@ class OutputFolder:
         self.partial = folder.with_name(folder.name + ".partial")
         self.journal = self.partial / "journal.jsonl"
         plan_file = self.partial / "plan.json"
-        self.done: list[dict] = []  # the finished tensors' records, in order
+        self.done: list[list] = []  # the finished tensors' records and the shard's SHA-256 up to there, in order
         if resume and plan_file.is_file():
             if json.loads(plan_file.read_text()) != plan:
                 raise ValueError(f"{self.partial} was begun with other models or arguments; leave --resume out")
@@ -244,6 +245,8 @@ class OutputFolder:
                 with path.open("r+b") as stream:
                     stream.truncate(kept)
                     digest = hashlib.file_digest(stream, "sha256")  # what an earlier run wrote; leaves us at its end
+                    if finished and digest.hexdigest() != finished[-1][1]:
+                        raise ValueError(f"{path} is damaged (its SHA-256 differs); leave --resume out to start anew")
                     if not kept:
                         stream.write(header)
                         digest.update(header)
@@ -252,11 +255,11 @@ class OutputFolder:
                         stream.write(piece)
                         digest.update(piece)
 
-                    records += finished
+                    records += [record for record, _ in finished]
                     for name, _ in tensors[len(finished) :]:
                         records.append({"tensor": name, **produce(name, write)})
                         stream.flush()
-                        journal.write(json.dumps(records[-1]) + "\n")
+                        journal.write(json.dumps([records[-1], digest.hexdigest()]) + "\n")
                         journal.flush()
                     os.fsync(stream.fileno())
                 digests[shard] = digest.hexdigest()

@@ -247,9 +247,12 @@ class Trim:
         magnitude = np.abs(delta)
         keep = magnitude > self.threshold
         if self.ties:
-            equal = np.flatnonzero(magnitude == self.threshold)[: self.ties]
-            keep[equal] = True
-            self.ties -= len(equal)
+            equal = magnitude == self.threshold
+            count = np.count_nonzero(equal)
+            if count > self.ties:
+                equal[np.flatnonzero(equal)[self.ties :]] = False
+            keep |= equal
+            self.ties -= min(count, self.ties)
         return keep
 
 

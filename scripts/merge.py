@@ -177,7 +177,7 @@ def main(argv: list[str]) -> None:
     # --- one tensor after the other
     began = time.perf_counter()
     sizes = {name: entry.size for name, entry in models[0].entries.items()}
-    done = sum(sizes[record["tensor"]] for record in output.done)
+    done = sum(sizes[record["tensor"]] for record, _ in output.done)
     with tqdm(total=sum(sizes.values()), initial=done, unit_scale=True, desc=args.method or "fold") as bar:
         records, outputs = output.write_tensors(lambda *job: (produce(*job), bar.update(sizes[job[0]]))[0])
 
