@@ -18,8 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lmolt.triples import write_triples
-
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "merge.py"
 
@@ -98,26 +96,6 @@ def test_the_output_loads_and_goes_on(merge, abc, tmp_path):
         assert (tmp_path / "O" / name).read_bytes() == (a / name).read_bytes()
     ids = AutoTokenizer.from_pretrained(tmp_path / "O")("CCO", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
-
-
-def test_training_goes_on_from_it_and_its_adapter_folds_into_it(merge, abc, few_triples, tmp_path):
-    merge(*SLERP, "--models", *abc[:2], "--output", tmp_path / "O")
-    write_triples(few_triples, tmp_path / "triples.parquet")
-    train = [sys.executable, ROOT / "scripts" / "train_pref.py", "--loss", "cpo", "--model", tmp_path / "O"]
-    train += ["--triples", tmp_path / "triples.parquet", "--output_dir", tmp_path / "X", "--max_steps", "1"]
-    run = subprocess.run([*train, "--use_cpu", "true", "--load_in_4bit", "false"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    merge(
-        "--models",
-        tmp_path / "O",
-        "--adapter",
-        tmp_path / "X",
-        "--fold_base",
-        "dequantised",
-        "--output",
-        tmp_path / "F",
-    )
-    AutoModelForCausalLM.from_pretrained(tmp_path / "F")
 
 
 def test_tied_weights_stay_tied(merge, abc, tmp_path):
