@@ -3,10 +3,10 @@
     python -m lmolt.demo
 
 Nothing is downloaded. The molecules are 4,999 of the NCI's, which come with RDKit; lmolt/demo_captions.py says in words
-what RDKit computes about them. The models are trained from scratch on the training split: two Llamas, one a
-direction, for the two unidirectional Meditrons, and a T5 a direction for MolT5, whose outputs become the
-dis-preferred ones. All is written to runs/demo, each file and folder whole, and what is there is kept; remove
-runs/demo to start anew:
+what RDKit computes about them. The models are trained from scratch on the training split: a Llama that has read text
+but no pairs, from it a Llama for each direction, in the place of the two unidirectional Meditrons, and a T5 for each
+direction in MolT5's, whose outputs become the dis-preferred ones. All is written to runs/demo, each file and folder
+whole, and what is there is kept; remove runs/demo to start anew:
 
     pairs.parquet -> models/tokenizer -> models/{base, cap2mol, mol2cap, t5_mol2cap, t5_cap2mol} -> triples.parquet
 """
@@ -98,7 +98,7 @@ def _make_pairs(most: int | None) -> list[dict]:
 
 
 def build_models(root: Path = ROOT, scale: str = "full") -> None:
-    """Train what `root`/models lacks of the tokenizer, a Llama a direction and a T5 a direction."""
+    """Train what `root`/models lacks of the tokenizer, the base, and a Llama and a T5 for each direction."""
     models, finished = root / "models", root / "models" / "finished"
     if finished.exists():
         return

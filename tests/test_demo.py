@@ -307,7 +307,7 @@ def nci(every: int) -> list[str]:
 
 def test_every_statement_of_a_caption_is_true():
     nouns, kinds_of_form = set(), set()
-    for smiles in nci(every=4):
+    for smiles in nci(every=6):
         text = demo_captions.caption(Chem.MolFromSmiles(smiles), 0)
         nouns |= check_caption(smiles, text)
         kinds_of_form.add(next(i for i, form in enumerate(FORMS) if re.fullmatch(form, text)))
