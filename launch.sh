@@ -86,7 +86,7 @@ demo() {
 
 case ${1:-demo} in
     demo) set_up && demo ;;
-    test) set_up && shift && python -m pytest "$@" ;;
+    test) set_up && shift && python -m pytest -n 2 --dist loadscope "$@" ;; # two at a time: the tests use one thread each
     train) set_up && shift && launch scripts/train_pref.py "$@" ;;
     bench)
         set_up && pip install --quiet -r benchmarks/requirements.txt && mkdir -p runs/bench
