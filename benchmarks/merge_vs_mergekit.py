@@ -175,16 +175,13 @@ def main() -> None:
                     print(f"{size:4} {method:10} {who}: {share:.2e} of the values differ from mergekit's")
             for output in outputs.values():
                 shutil.rmtree(output, ignore_errors=True)
-    if len(args.sizes) == 2:
-        values = [
-            sum(np.prod(shape) for tensors in layout(size).values() for _, shape in tensors) for size in args.sizes
-        ]
-        for method in args.methods:
-            for who in ("ours", "cp") if args.without_mergekit else ("ours", "mergekit", "cp"):
-                small, large = (figures[f"{method}_{size}_{who}_cpu"] for size in args.sizes)
-                projected = large + (large - small) / (values[1] - values[0]) * (LLAMA_7B - values[1])
-                figures[f"{method}_7b_{who}_projected_cpu"] = projected
-                print(f"7B   {method:10} {who:10} {projected:15.0f} CPU s, if it goes on like this")
+    scale = LLAMA_7B / sum(int(np.prod(shape)) for tensors in layout(args.sizes[-1]).values() for _, shape in tensors)
+    for method in args.methods:
+        for who in ("ours", "cp") if args.without_mergekit else ("ours", "mergekit", "cp"):
+            projected = figures[f"{method}_7b_{who}_projected_cpu"] = (
+                scale * figures[f"{method}_{args.sizes[-1]}_{who}_cpu"]
+            )
+            print(f"7B   {method:10} {who:10} {projected:15.0f} CPU s in proportion to {args.sizes[-1]}")
     if not args.folder:
         shutil.rmtree(work)
     if args.json:
