@@ -56,8 +56,7 @@ evaluate() { # NAME MODEL [--adapter ADAPTER]
     local name=$1 model=$2
     shift 2
     stage "evaluate $name" "$DEMO/evaluation/$name/metrics.json" \
-        launch scripts/evaluate.py --model "$model" "$@" --pairs demo --limit 200 --max_new_tokens 128 \
-        --text_tokenizer "$DEMO/models/tokenizer" --output "$DEMO/evaluation/$name"
+        launch scripts/evaluate.py --model "$model" "$@" --pairs demo --limit 200 --max_new_tokens 128 --output "$DEMO/evaluation/$name"
 }
 
 demo() {
