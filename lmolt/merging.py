@@ -2,7 +2,7 @@
 
 Per tensor, base b, models x_i, weights w_i, density rho (Yadav et al., arXiv:2306.01708, as in mergekit 0.1.5):
 
-    linear  y = sum w_i x_i / sum w_i
+    linear  y = sum w_i x_i / sum w_i                             (not divided without `normalize`)
     SLERP   y = sin((1-t)theta)/sin(theta) x_0 + sin(t theta)/sin(theta) x_1,   cos(theta) = <x_0, x_1> / |x_0||x_1|
             (linear where |cos(theta)| > 0.9995)
     TIES    d_i = x_i - b, of which the k = max(1, int(rho n)) largest magnitudes stay (of equal ones, the first);
@@ -67,7 +67,7 @@ def check_recipe(recipe: Recipe, models: list[Checkpoint], base: Checkpoint | No
             raise ValueError(f"{option}: {len(weights)} weights for {count} models; give one each, in --models' order")
         if not all(map(math.isfinite, weights)):
             raise ValueError(f"{option}: weights must be finite, not {weights}")
-        if recipe.method in ("slerp", "linear") and sum(weights) == 0:
+        if (recipe.method == "slerp" or recipe.method == "linear" and recipe.normalize) and sum(weights) == 0:
             raise ValueError(f"{option}: weights {weights} add up to 0, by which {recipe.method} divides")
         if recipe.method == "slerp" and min(weights) < 0:
             raise ValueError(f"{option}: SLERP's weights are shares of the way, none below 0, not {weights}")

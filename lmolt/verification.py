@@ -21,7 +21,7 @@ def plain(recipe: Recipe, name: str, sources: list[Checkpoint], base: Checkpoint
     """One tensor, flat, float64, as lmolt.merging's docstring writes it. None for DARE, whose mask is random."""
     weights, models = recipe.weights_of(name), [whole(source, name) for source in sources]
     if recipe.method == "linear":
-        return sum(w * x for w, x in zip(weights, models, strict=True)) / sum(weights)
+        return sum(w * x for w, x in zip(weights, models, strict=True)) / (sum(weights) if recipe.normalize else 1)
     if recipe.method == "slerp":
         t, (x0, x1) = weights[1] / sum(weights), models
         norms = [norm if norm > 1e-8 else 1 for norm in (np.linalg.norm(x0), np.linalg.norm(x1))]

@@ -49,7 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weights_for", nargs="+", metavar="PATTERN=W,W", help="other weights for tensors whose name matches")
     add("--base", help="ties: the model that all of --models were trained from")
     add("--density", nargs="+", type=float, default=[0.5], help="ties: share of each delta kept (default 0.5)")
-    add("--normalize", action="store_true", default=True, help="ties: divide by the agreeing weights (default)")
+    add(
+        "--normalize",
+        action="store_true",
+        default=True,
+        help="linear, ties: divide by the sum of (agreeing) weights (default)",
+    )
     add("--no_normalize", dest="normalize", action="store_false")
     add("--lambda", type=float, default=1.0, help="ties: factor of the merged delta (default 1)")
     add(

@@ -75,6 +75,13 @@ def test_linear_divides_by_the_sum_of_weights(tmp_path):
     assert merged.tolist() == [3, 4]
 
 
+def test_linear_without_normalisation(tmp_path):
+    recipe = merging.Recipe("linear", [3.0, -3.0], normalize=False)
+    merged, record = literal(tmp_path, recipe, None, [4.0, 8], [0.0, -8])
+    assert merged.tolist() == [12, 48]
+    assert merging.effective_weights(np.array(record["inner"])) == pytest.approx([3, -3])
+
+
 def test_slerp_of_a_right_angle(tmp_path):
     merged, record = literal(tmp_path, merging.Recipe("slerp", [0.5, 0.5]), None, [2.0, 0], [0.0, 3])
     assert merged == pytest.approx([2 * 0.5**0.5, 3 * 0.5**0.5]) and not record["linear"]
