@@ -85,6 +85,9 @@ def check_checkpoints(checkpoints: list[Checkpoint], dtype: str | None) -> str:
     """Compare what the headers and configs say; the output's type. `ValueError` names the folders and the remedy."""
     first = checkpoints[0]
     for other in checkpoints:
+        if first.config.get("model_type") != other.config.get("model_type"):
+            kinds = first.config.get("model_type"), other.config.get("model_type")
+            raise ValueError(f"{first.folder} is a {kinds[0]}, {other.folder} a {kinds[1]}; merge models of one kind")
         tied = [bool(c.config.get("tie_word_embeddings")) for c in (first, other)]
         odd = sorted(set(first.entries) ^ set(other.entries))
         if tied[0] != tied[1] or odd == ["lm_head.weight"]:
@@ -106,9 +109,6 @@ def check_checkpoints(checkpoints: list[Checkpoint], dtype: str | None) -> str:
                     f"merge by number: use one tokenizer, and model.resize_token_embeddings({max(here[0], there[0])})"
                 )
             raise ValueError(f"{name}: {list(here)} in {first.folder}, {list(there)} in {other.folder}; other models?")
-        if first.config.get("model_type") != other.config.get("model_type"):
-            kinds = first.config.get("model_type"), other.config.get("model_type")
-            raise ValueError(f"{first.folder} is a {kinds[0]}, {other.folder} a {kinds[1]}; merge models of one kind")
     kinds = {entry.dtype for checkpoint in checkpoints for entry in checkpoint.entries.values()}
     if dtype is None and len(kinds) > 1:
         raise ValueError(f"the models hold several types ({', '.join(sorted(kinds))}); say --dtype of the output")
