@@ -108,8 +108,8 @@ class PreferenceArguments(TrainingArguments):
             self.use_cpu = True  # a laptop needs no flag; Apple's GPUs have neither NF4 nor float64
         if self.fp16:
             self.bf16 = False  # which is on by default
-        if self.eval_strategy == "no":
-            self.load_best_model_at_end = False  # nothing would say which is the best
+        if "no" in (self.eval_strategy, self.save_strategy):
+            self.load_best_model_at_end = False  # nothing would say which is the best, or keep it
         super().__post_init__()
         self.label_names = []  # the loss is computed from trees, not from labels
 

@@ -159,6 +159,7 @@ def main(argv: list[str]) -> None:
         {
             "arguments": {k: v for k, v in args.to_sanitized_dict().items() if not k.endswith("_token")},
             "reference": reference_name,
+            "world_size": args.world_size,
             "data": {"triples_sha256": reference.sha256_file(Path(args.triples))} | data,
             "versions": {name: version(name) for name in PACKAGES},
         }
