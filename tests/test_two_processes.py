@@ -23,16 +23,7 @@ def test_two_processes_equal_one(loss, tmp_path, tiny_policy, few_triples):
     (tmp_path / "two.yaml").write_text(TWO)
     arguments = ["--loss", loss, "--model", tiny_policy, "--triples", tmp_path / "triples.jsonl", "--bf16", "false"]
     arguments += ["--load_in_4bit", "false", "--use_cpu", "true", "--lora_dropout", "0", "--eval_fraction", "0"]
-    arguments += [
-        "--num_train_epochs",
-        "1",
-        "--learning_rate",
-        "1e-2",
-        "--save_strategy",
-        "no",
-        "--ddp_backend",
-        "gloo",
-    ]
+    arguments += ["--num_train_epochs", "1", "--learning_rate", "1e-2", "--save_strategy", "no"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -40,7 +31,7 @@ def test_two_processes_equal_one(loss, tmp_path, tiny_policy, few_triples):
     launch += ["--main_process_port", port, ROOT / "scripts" / "train_pref.py"]
     runs = {
         "one": [sys.executable, ROOT / "scripts" / "train_pref.py", *arguments, "--gradient_accumulation_steps", "4"],
-        "two": [*launch, *arguments, "--gradient_accumulation_steps", "2"],
+        "two": [*launch, *arguments, "--gradient_accumulation_steps", "2", "--ddp_backend", "gloo"],
     }
     for name, command in runs.items():
         done = subprocess.run(
