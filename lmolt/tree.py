@@ -211,11 +211,13 @@ class _FrozenHeadLogps(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = F.linear(hidden[part], weight, bias).float()  # (chunk, V)
-            log_total = logits.logsumexp(1, keepdim=True)
-            logps[part] = (logits.gather(1, targets[part, None]) - log_total)[:, 0]
+            logits -= logits.amax(1, keepdim=True)
+            of_targets = logits.gather(1, targets[part, None])
+            exponentials = logits.exp_()  # in place: passes over (chunk, V) are what this costs beside the products
+            total = exponentials.sum(1, keepdim=True)
+            logps[part] = (of_targets - total.log())[:, 0]
             if need_gradient:
-                probabilities = logits.sub_(log_total).exp_().to(weight.dtype)
-                gradient[part] = weight[targets[part]] - probabilities @ weight
+                gradient[part] = weight[targets[part]] - (exponentials.to(weight.dtype) @ weight) / total
         if need_gradient:
             ctx.save_for_backward(gradient)
         return logps
