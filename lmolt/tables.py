@@ -87,6 +87,9 @@ def metrics_table(name: str, record: dict, direction: str) -> Table:
         span = f"{shown(interval[0], decimals)} to {shown(interval[1], decimals)}" if interval else "–"
         if not interval:
             convention += f"; no interval: {entry.get('ci95_absent', 'not computed')}"
+        if "p_permutation" in entry:
+            shuffled = [shown(entry[f"shuffled_{what}"], decimals) for what in ("mean", "max")]
+            convention += f"; shuffled {shuffled[0]}, at most {shuffled[1]}; p = {entry['p_permutation']:.3g}"
         value, n = Cell(shown(entry["value"], decimals), value=entry["value"]), Cell(str(entry["n"]), value=entry["n"])
         rows.append([Cell(label), value, Cell(span), n, Cell(convention)])
     counted = [f"{count} {cause.replace('_', ' ')}" for cause, count in part["counts"].items() if count]
@@ -196,10 +199,13 @@ def further_table(number: int, records: dict[str, dict], direction: str) -> Tabl
         if k not in MEASURES[direction] and "/" not in k
     ]
     entries = {key: [part.get(key, {}) for part in parts.values()] for key in keys}
-    cell = lambda e: Cell(shown(e["value"], 3), value=e["value"]) if "value" in e else Cell("–")
+    small = lambda e: f"(p = {e['p_permutation']:.3g})" if "p_permutation" in e else ""
+    cell = lambda e: Cell(shown(e["value"], 3), small(e), e["value"]) if "value" in e else Cell("–")
     rows = [[Cell(key), *map(cell, found)] for key, found in entries.items() if any("value" in e for e in found)]
     title = f"Table {number}. {DIRECTION_NAMES[direction]}, beyond the paper"
     note = "Definitions and conventions: each system's own table, and docs/metrics.md."
+    if any("p_permutation" in e for found in entries.values() for e in found):
+        note += " Grounding: the score less that of the outputs shuffled among the rows, with its permutation p-value."
     return Table(f"table{number}_{direction}_further", title, ["Metric", *parts], rows, note) if rows else None
 
 

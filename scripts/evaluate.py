@@ -75,6 +75,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     metric.add_argument("--no_fcd", action="store_true", help="leave out the Frechet ChemNet distance, the slowest")
     metric.add_argument("--chrf_threshold", type=float, default=0.3, help="a molecule wins above this (paper, 3.4)")
     metric.add_argument("--delta_threshold", type=int, default=5, help="and below this |length difference|")
+    metric.add_argument("--n_shuffles", type=int, default=99, help="of the outputs, for what they owe to their sources")
     metric.add_argument("--n_bootstrap", type=int, help="resamples (default: 1,000 for intervals, 10,000 to compare)")
     metric.add_argument("--cache_dir", type=Path, default=CACHE, help="keeps references' features")
     parser.add_argument("--baseline", help="--compare: the system that differences are from (default: the first)")
@@ -184,6 +185,7 @@ def evaluate(args: argparse.Namespace) -> None:
                 property_tree=args.property_tree,
                 fcd=not args.no_fcd,
                 cache_dir=args.cache_dir,
+                n_shuffles=args.n_shuffles,
                 n_bootstrap=args.n_bootstrap or 1000,
                 seed=args.seed,
             )

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from lmolt.metrics import caption, ngrams, statistics
+from lmolt.metrics import caption, grounding, ngrams, score, statistics
 
 
 def test_bootstrap_equals_a_plain_loop_over_resampled_examples():
@@ -66,3 +66,60 @@ def test_ngram_keys_stay_exact_with_a_large_vocabulary():
             grams = [[tuple(s[i][k : k + order]) for k in range(22 - order)] for s in sides]
             shared = sum(min(grams[0].count(g), grams[1].count(g)) for g in set(grams[0]))
             assert matches[i, order - 1] == shared
+
+
+def test_shuffled_overlap_equals_the_overlap_of_shuffled_texts():
+    rng = np.random.default_rng(3)
+    texts = [[rng.integers(0, 4, rng.integers(0, 9)).tolist() for _ in range(12)] for _ in range(2)]
+    shuffles = grounding.permutations(12, 5, seed=1)
+    found = ngrams.shuffled_overlap(*map(ngrams.flatten, texts), 3, shuffles)
+    for s, shuffle in enumerate(shuffles):
+        shuffled = [texts[1][j] for j in shuffle]
+        assert (found[s] == ngrams.overlap(*map(ngrams.flatten, (texts[0], shuffled)), 3)[0]).all()
+    assert ngrams.shuffled_overlap(*map(ngrams.flatten, (texts[0], [[]] * 12)), 2, shuffles).sum() == 0
+
+
+def test_grounding_is_the_score_less_that_of_shuffled_outputs():
+    rng = np.random.default_rng(4)
+    references = [" ".join(rng.choice(list("abcdefgh"), 8)) for _ in range(40)]
+    predictions = [text[: rng.integers(4, 16)] + " b" for text in references]
+    result, per_example = score("mol2cap", [""] * 40, references, predictions, n_shuffles=30, n_bootstrap=100, seed=2)
+    shuffles = grounding.permutations(40, 30, seed=2)
+    plain = [caption.rouge(references, [predictions[j] for j in shuffle])["rougeL"].mean() for shuffle in shuffles]
+    found = result["metrics"]["rougeL_grounding"]
+    assert found["shuffled_mean"] == pytest.approx(np.mean(plain)) and found["shuffled_max"] == pytest.approx(
+        max(plain)
+    )
+    assert found["value"] == pytest.approx(result["metrics"]["rougeL"]["value"] - np.mean(plain))
+    assert found["p_permutation"] == 1 / 31 and found["ci95"][0] > 0.1
+    pooled = [predictions[j] for shuffle in shuffles for j in shuffle]
+    all_pairs = score("mol2cap", [""] * 1200, references * 30, pooled, n_shuffles=0, n_bootstrap=2)[0]["metrics"]
+    found = result["metrics"]["bleu2_grounding"]
+    assert found["shuffled_mean"] == pytest.approx(all_pairs["bleu2"]["value"])
+    assert found["value"] == pytest.approx(result["metrics"]["bleu2"]["value"] - found["shuffled_mean"])
+    assert "absent" in all_pairs["bleu2_grounding"]
+
+
+def test_outputs_that_do_not_depend_on_the_source_have_no_grounding():
+    references = [f"{word} is the word" for word in ("one", "two", "three", "four")] * 10
+    same = score("mol2cap", [""] * 40, references, ["one is a word"] * 40, n_bootstrap=50)[0]["metrics"]
+    for key in ("bleu2_grounding", "rougeL_grounding"):
+        assert same[key]["value"] == pytest.approx(0, abs=1e-12) and same[key]["p_permutation"] == 1
+    smiles = ["C" * n for n in range(1, 31)] + ["C("]
+    found = score("cap2mol", [""] * 31, ["C" * n for n in range(31, 0, -1)], smiles, fcd=False)[0]["metrics"]
+    assert found["morgan_grounding"]["n"] == 30 and found["morgan_grounding"]["p_permutation"] > 0.05
+    own = score("cap2mol", [""] * 31, [*smiles[:30], "C"], smiles, fcd=False)[0]["metrics"]["morgan_grounding"]
+    assert own["p_permutation"] == 0.01 and own["value"] == pytest.approx(1 - own["shuffled_mean"])
+    assert "absent" in score("cap2mol", [""], ["C"], ["C"], fcd=False)[0]["metrics"]["morgan_grounding"]
+
+
+def test_the_interval_of_grounding_covers_zero_for_outputs_of_other_molecules():
+    rng = np.random.default_rng(5)
+    covered = 0
+    for trial in range(200):
+        pairs = (rng.exponential(size=(30, 1)) + 2 * rng.exponential(size=(1, 30))) * rng.random((30, 30))
+        shuffles = grounding.permutations(30, 50, trial)
+        own = pairs.diagonal() - grounding.baseline(pairs[np.arange(30), shuffles], shuffles)
+        low, high = statistics.interval(statistics.bootstrap({"m": statistics.mean(own)}, 200, trial)["m"])
+        covered += low <= 0 <= high
+    assert 0.88 < covered / 200 < 0.99

@@ -4,7 +4,7 @@ import importlib.metadata
 
 import numpy as np
 
-from lmolt.metrics import caption, statistics
+from lmolt.metrics import caption, grounding, statistics
 from lmolt.metrics.ngrams import characters, flatten
 from lmolt.prompts import DIRECTIONS, MOL2CAP
 
@@ -12,12 +12,12 @@ _MEANS = {
     "mol2cap": (
         *("rouge1", "rouge2", "rougeL", "meteor", "delta_len", "nli_entailment", "nli_win_rate"),
         *("group_hallucination", "group_hallucination_reference", "group_unclaimed", "group_missed"),
-        *("property_example_precision", "property_example_recall", "property_example_f1"),
+        *("property_example_precision", "property_example_recall", "property_example_f1", "rougeL_grounding"),
     ),
     "cap2mol": (
         *("exact_match", "levenshtein", "validity", "maccs", "rdk", "morgan", "chrf", "delta_len", "win_rate"),
         *("uniqueness", "canonical_match", "canonical_match_no_stereo", "scaffold_match"),
-        *("levenshtein_undoubled", "chrf_undoubled"),
+        *("levenshtein_undoubled", "chrf_undoubled", "morgan_grounding"),
     ),
 }
 _FINGERPRINTS = ("maccs", "rdk", "morgan")
@@ -31,6 +31,7 @@ _UNDEFINED = {
     "combination_precision": "no prediction names a held-out pair",
     "combination_recall": "no reference names a held-out pair",
 }
+_NO_SHUFFLES = "needs two rows to shuffle, and n_shuffles above 0"
 _COMBINATION = ("precision", "recall", "f1", "accuracy")
 
 
@@ -48,6 +49,7 @@ def score(
     property_tree: str | None = None,
     fcd: bool = True,
     cache_dir: str | None = None,
+    n_shuffles: int = 99,
     n_bootstrap: int = 1000,
     seed: int = 0,
     num_workers: int | None = None,
@@ -61,12 +63,14 @@ def score(
     `corpora/wordnet`. `chrf_threshold`, `delta_threshold`: a molecule wins with Chr-F above and |delta length| below
     them (paper, section 3.4). `property_tree`: folder with L+M-24's `nested_props.json` and, for held-out
     combinations, `train_withheld_combos.txt`. `cache_dir`: folder that keeps fingerprints and Gaussian fits of
-    references between runs. `num_workers`: processes for RDKit, default one a core.
+    references between runs. `n_shuffles`: shuffles of the predictions that `*_grounding` compares with (grounding.py),
+    0 for none. `num_workers`: processes for RDKit, default one a core.
 
     Returns `(metrics, per_example)`:
     `{"counts": {name: int}, "metrics": {key: {"value", "ci95": [lo, hi], "n", "convention"} | {"absent": reason}}}`
-    (a `ci95` may be None, then `"ci95_absent"` says why) and `{column: float array (n,), NaN where undefined}`, where
-    columns with a `stat_` prefix are the sufficient statistics of corpus-level metrics, as `compare` needs them.
+    (a `ci95` may be None, then `"ci95_absent"` says why; `*_grounding` have `grounding.summary` besides) and
+    `{column: float array (n,), NaN where undefined}`, where columns with a `stat_` prefix are the sufficient statistics
+    of corpus-level metrics, as `compare` needs them.
 
     `ValueError` on lists of different lengths, no rows, an empty reference, or in cap2mol a reference that is not a
     molecule (naming row and value); `FileNotFoundError` where `text_tokenizer` or `property_tree` is not there.
@@ -83,13 +87,13 @@ def score(
     predictions = ["" if gone else p for p, gone in zip(predictions, missing, strict=True)]
     counts = {"empty_prediction": sum(not p.strip() for p in predictions), "missing_prediction": sum(missing)}
     if direction == MOL2CAP:
-        absent, conventions, per_example = _captions(
-            sources, references, predictions, text_tokenizer, nli_model, nltk_data, num_workers
+        absent, conventions, per_example, shuffled = _captions(
+            sources, references, predictions, text_tokenizer, nli_model, nltk_data, n_shuffles, seed, num_workers
         )
     else:
-        absent = {}
-        conventions, per_example = _molecules(
-            references, predictions, counts, chrf_threshold, delta_threshold, cache_dir, num_workers
+        absent, conventions, per_example, shuffled = _molecules(
+            *(references, predictions, counts, chrf_threshold, delta_threshold, cache_dir),
+            *(n_shuffles, seed, num_workers),
         )
     metrics = {}
     if direction == MOL2CAP and property_tree is not None:
@@ -114,6 +118,7 @@ def score(
         defined = int(columns[:, 1].sum()) if key in _MEANS[direction] else len(references)
         interval = statistics.interval(samples[key])
         metrics[key] = {"value": result, "ci95": interval, "n": defined, "convention": conventions[key]}
+        metrics[key] |= shuffled.get(key, {})
     if direction != MOL2CAP:
         metrics |= _frechet_distances(references, predictions, per_example["validity"] > 0, fcd, cache_dir, num_workers)
     metrics |= {key: {"absent": reason} for key, reason in absent.items()}
@@ -129,6 +134,10 @@ def statistics_of(direction: str, per_example: dict) -> dict[str, tuple]:
             shared = np.stack([columns[f"stat_{name}_{column}"] for column in caption.BLEU_COLUMNS], 1)
             for key, order in (("bleu2", 2), ("bleu4", 4)) if direction == MOL2CAP else ((name, 4),):
                 found[key] = shared, lambda sums, order=order: caption.bleu_of_sums(sums, order)
+    if "stat_bleu_shuffled_match_1" in columns:
+        orders = [columns[f"stat_bleu_shuffled_match_{k}"] for k in (1, 2)]
+        own = np.stack([*(columns[f"stat_bleu_{column}"] for column in caption.BLEU_COLUMNS), *orders], 1)
+        found["bleu2_grounding"] = own, grounding.bleu2_of_sums
     found |= {key: statistics.mean(columns[key]) for key in _MEANS[direction] if key in columns}
     found |= {f"{k}_invalid0": statistics.mean(np.nan_to_num(columns[k])) for k in _FINGERPRINTS if k in columns}
     if "stat_combination_tp" in columns:
@@ -180,7 +189,7 @@ def _tokenizer_name(tokenizer) -> str:
     return getattr(tokenizer, "__name__", "a callable") if callable(tokenizer) else f"word pieces of {tokenizer}"
 
 
-def _captions(molecules, references, predictions, tokenizer, nli_model, nltk_data, num_workers):
+def _captions(molecules, references, predictions, tokenizer, nli_model, nltk_data, n_shuffles, seed, num_workers):
     from lmolt.metrics import hallucination
     from lmolt.metrics.meteor import WordNet, meteor
 
@@ -190,7 +199,16 @@ def _captions(molecules, references, predictions, tokenizer, nli_model, nltk_dat
     corpora = flatten(cut[: len(references)]), flatten(cut[len(references) :])
     per_example = {f"stat_bleu_{k}": v for k, v in caption.bleu_columns(*corpora).items()}
     per_example |= caption.rouge(references, predictions) | {"delta_len": lengths[1] - lengths[0]}
-    absent = {}
+    absent, shuffled = {}, {}
+    if len(references) > 1 and n_shuffles > 0:
+        shuffles = grounding.permutations(len(references), n_shuffles, seed)
+        columns = {key: per_example[f"stat_bleu_{key}"] for key in caption.BLEU_COLUMNS}
+        extra, shuffled = grounding.of_captions(
+            references, predictions, corpora, columns, per_example["rougeL"], shuffles
+        )
+        per_example |= extra
+    else:
+        absent |= dict.fromkeys(("bleu2_grounding", "rougeL_grounding"), _NO_SHUFFLES)
     try:
         per_example["meteor"] = meteor(*corpora, names, WordNet(nltk_data))
     except FileNotFoundError as error:
@@ -219,15 +237,23 @@ def _captions(molecules, references, predictions, tokenizer, nli_model, nltk_dat
         "delta_len": f"prediction minus reference; {unit}",
         "nli_entailment": f"mean probability; {nli}",
         "nli_win_rate": f"share with entailment the arg-max; {nli}",
+        "bleu2_grounding": f"bleu2 less that of {_shuffled(n_shuffles, seed)}, pooled",
+        "rougeL_grounding": f"rougeL less that of {_shuffled(n_shuffles, seed)}",
         "group_hallucination": f"share of claimed groups the molecule lacks, over captions that claim any; {groups}",
         "group_hallucination_reference": f"the same of the reference captions: the floor; {groups}",
         "group_unclaimed": f"share of the molecule's groups not claimed; {groups}",
         "group_missed": f"share of the groups the reference rightly claims that the prediction does not; {groups}",
     }
-    return absent, conventions, per_example
+    return absent, conventions, per_example, shuffled
 
 
-def _molecules(references, predictions, counts: dict, chrf_threshold, delta_threshold, cache_dir, num_workers):
+def _shuffled(n_shuffles: int, seed: int) -> str:
+    return f"{n_shuffles} shuffles of the predictions (seed {seed}): 0 for outputs that do not depend on the source"
+
+
+def _molecules(
+    references, predictions, counts, chrf_threshold, delta_threshold, cache_dir, n_shuffles, seed, num_workers
+):
     from lmolt.metrics import molecule
     from lmolt.metrics.hallucination import chrf, win
 
@@ -258,6 +284,17 @@ def _molecules(references, predictions, counts: dict, chrf_threshold, delta_thre
         "scaffold_match": molecule.scaffold_match(references, predictions, valid, num_workers),
     }
     per_example["win_rate"] = win(per_example["chrf"], delta, valid, chrf_threshold, delta_threshold)
+    absent, shuffled = {}, {}
+    if valid.sum() > 1 and n_shuffles > 0:
+        environments = molecule.environments(
+            [[s for s, ok in zip(side, valid, strict=True) if ok] for side in (references, predictions)], num_workers
+        )
+        shuffles = grounding.permutations(int(valid.sum()), n_shuffles, seed)
+        extra, shuffled = grounding.of_molecules(environments, per_example["morgan"][valid], shuffles)
+        per_example["morgan_grounding"] = np.full(len(valid), np.nan)
+        per_example["morgan_grounding"][valid] = extra
+    else:
+        absent["morgan_grounding"] = _NO_SHUFFLES
     if counts["doubled_backslash_reference"] + counts["doubled_backslash_prediction"]:
         undoubled = [[s.replace("\\\\", "\\") for s in texts] for texts in (references, predictions)]
         per_example |= _bleu_of_characters("bleu_undoubled", *undoubled)
@@ -288,10 +325,11 @@ def _molecules(references, predictions, counts: dict, chrf_threshold, delta_thre
         "canonical_match": f"equal canonical SMILES, RDKit {version}",
         "canonical_match_no_stereo": f"equal canonical SMILES without stereochemistry, RDKit {version}",
         "scaffold_match": "equal Bemis-Murcko scaffold without stereochemistry, over references with a ring; invalid 0",
+        "morgan_grounding": f"morgan less that of {_shuffled(n_shuffles, seed)}; among valid predictions' rows",
     }
     for key, kind in kinds.items():
         conventions |= {key + suffix: f"{kind}, {tanimoto}; {rule}" for suffix, rule in over.items()}
-    return conventions, per_example
+    return absent, conventions, per_example, shuffled
 
 
 def _bleu_of_characters(name: str, references: list[str], predictions: list[str]) -> dict[str, np.ndarray]:

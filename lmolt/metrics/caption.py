@@ -93,20 +93,32 @@ def bleu_of_sums(sums: np.ndarray, order: int = 4) -> np.ndarray:
 
 def rouge(references: list[str], predictions: list[str]) -> dict[str, np.ndarray]:
     """ROUGE-1, ROUGE-2 and ROUGE-L F1 of n pairs, `(n,)` each, as rouge-score without stemming (Lin 2004)."""
+    sides = _rouge_words(references, predictions)
+    scores = ngrams.f1(*ngrams.overlap(*map(ngrams.flatten, sides), 2))
+    return {"rouge1": scores[:, 0], "rouge2": scores[:, 1], "rougeL": _rouge_l(*map(_as_text, sides))}
+
+
+def shuffled_rouge_l(references: list[str], predictions: list[str], shuffles: np.ndarray) -> np.ndarray:
+    """ROUGE-L F1, `(S, n)`, of reference i with prediction `shuffles[s, i]`."""
+    ours, theirs = map(_as_text, _rouge_words(references, predictions))
+    return np.array([_rouge_l(ours, [theirs[j] for j in shuffle]) for shuffle in shuffles])
+
+
+def _rouge_words(*sides: list[str]) -> list[list[list[int]]]:
+    """Each text's words as numbers."""
+    number = {}
+    return [
+        [[number.setdefault(w, len(number)) for w in re.findall("[a-z0-9]+", text.lower())] for text in texts]
+        for texts in sides
+    ]
+
+
+def _rouge_l(references: list, predictions: list) -> np.ndarray:
     from rapidfuzz.distance import LCSseq
     from rapidfuzz.process import cpdist
 
-    number = {}
-    sides = [
-        [[number.setdefault(w, len(number)) for w in re.findall("[a-z0-9]+", text.lower())] for text in texts]
-        for texts in (references, predictions)
-    ]
-    corpora = [ngrams.flatten(side) for side in sides]
-    matches, *totals = ngrams.overlap(*corpora, 2)
-    longest = cpdist(*map(_as_text, sides), scorer=LCSseq.similarity, dtype=np.int64).astype(float)
-    scores = ngrams.f1(matches, *totals)
-    lengths = [lengths.astype(float) for _, lengths in corpora]
-    return {"rouge1": scores[:, 0], "rouge2": scores[:, 1], "rougeL": ngrams.f1(longest, *lengths)}
+    longest = cpdist(references, predictions, scorer=LCSseq.similarity, dtype=np.int64).astype(float)
+    return ngrams.f1(longest, *(np.array([len(text) for text in side], float) for side in (references, predictions)))
 
 
 def _as_text(sequences: list[list[int]]) -> list:

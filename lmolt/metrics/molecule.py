@@ -18,6 +18,8 @@ from rdkit.Chem import MACCSkeys, rdFingerprintGenerator, rdMolDescriptors
 from rdkit.Chem.Scaffolds import MurckoScaffold
 from rdkit.rdBase import BlockLogs
 
+from lmolt.metrics.ngrams import flatten
+
 _MORGAN = rdFingerprintGenerator.GetMorganGenerator(radius=2)
 MAX_CHARACTERS = 20_000
 _FEW = 200  # below so many SMILES a pool costs more than it saves
@@ -40,6 +42,12 @@ def _fingerprints(smiles: str) -> tuple[bytes, bytes, bytes]:
     molecule = parse(smiles)
     bits = MACCSkeys.GenMACCSKeys(molecule), Chem.RDKFingerprint(molecule)
     return *map(DataStructs.BitVectToBinaryText, bits), _MORGAN.GetSparseCountFingerprint(molecule).ToBinary()
+
+
+def _environments(smiles: str) -> list[int]:
+    """Morgan's atom environments, each as often as it occurs."""
+    counts = _MORGAN.GetSparseCountFingerprint(parse(smiles)).GetNonzeroElements()
+    return [environment for environment, count in counts.items() for _ in range(count)]
 
 
 def _matches(pair: tuple[str, str]) -> tuple[bool, bool, bool]:
@@ -95,6 +103,13 @@ def formulas(smiles: list[str], num_workers: int | None = None) -> dict[str, str
     """Molecular formula of each distinct SMILES, empty for an invalid one."""
     distinct = list(dict.fromkeys(smiles))
     return dict(zip(distinct, in_processes(_formula, distinct, num_workers), strict=True))
+
+
+def environments(sides: list[list[str]], num_workers: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Morgan's sparse counts of each side's valid SMILES as a corpus of atom environments (see ngrams.py)."""
+    distinct = list(dict.fromkeys(s for side in sides for s in side))
+    of = dict(zip(distinct, in_processes(_environments, distinct, num_workers), strict=True))
+    return [flatten([of[s] for s in side]) for side in sides]
 
 
 def exact_matches(references, predictions, formula: dict[str, str], num_workers=None) -> dict[str, np.ndarray]:

@@ -22,17 +22,16 @@ def characters(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64), lengths
 
 
-def overlap(references: tuple, predictions: tuple, max_order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Clipped n-gram matches of orders 1 to `max_order`.
+def counted(references: tuple, predictions: tuple, max_order: int):
+    """For each order 1 to `max_order`, each side's distinct n-grams of each text: `(keys, counts)` of both sides.
 
-    Both arguments are `(tokens, lengths)` with n texts. Returns `(matches, reference_totals, prediction_totals)`,
-    each `(n, max_order)` float64; a text shorter than the order has a total of 0.
+    Both arguments are `(tokens, lengths)` with n texts. A key is (number of the n-gram) * n + (row); keys ascend.
     """
     n = len(references[1])
     rows = [np.repeat(np.arange(n), lengths) for _, lengths in (references, predictions)]
     vocabulary, tokens = np.unique(np.concatenate([references[0], predictions[0]]), return_inverse=True)
     tokens = np.split(tokens, [len(references[0])])
-    keys, matches, totals = tokens, [], []
+    keys = tokens
     for order in range(1, max_order + 1):
         if order > 1:
             size = max((k.max() for k in keys if len(k)), default=0) + 1
@@ -41,16 +40,42 @@ def overlap(references: tuple, predictions: tuple, max_order: int) -> tuple[np.n
                 keys = np.split(ranked, [len(keys[0])])
             # A key may run over the end of its text here; such keys are not counted below.
             keys = [k[:-1] * len(vocabulary) + t[order - 1 :] for k, t in zip(keys, tokens, strict=True)]
-        counted = []
+        sides = []
         for key, row in zip(keys, rows, strict=True):
             start = row[: len(key)]
             whole = start == row[order - 1 :]
-            counted += np.unique(key[whole] * n + start[whole], return_counts=True)
-        both, ours, theirs = np.intersect1d(counted[0], counted[2], assume_unique=True, return_indices=True)
-        matches.append(np.bincount(both % n, np.minimum(counted[1][ours], counted[3][theirs]), n).astype(float))
-        totals.append([np.maximum(lengths - order + 1, 0) for _, lengths in (references, predictions)])
+            sides.append(np.unique(key[whole] * n + start[whole], return_counts=True))
+        yield sides
+
+
+def overlap(references: tuple, predictions: tuple, max_order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Clipped n-gram matches of orders 1 to `max_order`.
+
+    Both arguments are `(tokens, lengths)` with n texts. Returns `(matches, reference_totals, prediction_totals)`,
+    each `(n, max_order)` float64; a text shorter than the order has a total of 0.
+    """
+    n, matches, totals = len(references[1]), [], []
+    for order, ((ours, our_counts), (theirs, their_counts)) in enumerate(counted(references, predictions, max_order)):
+        both, a, b = np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
+        matches.append(np.bincount(both % n, np.minimum(our_counts[a], their_counts[b]), n).astype(float))
+        totals.append([np.maximum(lengths - order, 0) for _, lengths in (references, predictions)])
     reference_totals, prediction_totals = np.array(totals, float).transpose(1, 2, 0)
     return np.array(matches).T, reference_totals, prediction_totals
+
+
+def shuffled_overlap(references: tuple, predictions: tuple, max_order: int, shuffles: np.ndarray) -> np.ndarray:
+    """Clipped matches `(S, n, max_order)` of reference i with prediction `shuffles[s, i]`, as in `overlap`."""
+    n = len(references[1])
+    matches = np.zeros((len(shuffles), n, max_order))
+    for order, ((ours, our_counts), (theirs, their_counts)) in enumerate(counted(references, predictions, max_order)):
+        known = np.isin(ours // n, theirs // n)  # n-grams that some prediction has
+        grams, rows = np.divmod(ours[known], n)
+        for s, shuffle in enumerate(shuffles if len(theirs) else ()):
+            wanted = grams * n + shuffle[rows]
+            at = np.minimum(np.searchsorted(theirs, wanted), len(theirs) - 1)
+            clipped = np.where(theirs[at] == wanted, np.minimum(our_counts[known], their_counts[at]), 0)
+            matches[s, :, order] = np.bincount(rows, clipped, n)
+    return matches
 
 
 def bleu(matches: np.ndarray, totals: np.ndarray, prediction_length, reference_length) -> np.ndarray:
