@@ -2,41 +2,88 @@
 # The one entry.
 #
 #   ./launch.sh                the whole job on the embedded default: pairs, triples, CPO, fusion, evaluation, report
-#   ./launch.sh test [ARGS]    the test suite (arguments go to pytest)
-#   ./launch.sh train [ARGS]   scripts/train_pref.py under accelerate, on every GPU of this machine or on its CPU
+#   ./launch.sh test [ARGS]    the test suite (arguments go to pytest); test-distributed: several processes and machines
+#   ./launch.sh train [ARGS]   scripts/train_pref.py on every GPU of this machine, or on its CPU
 #   ./launch.sh bench          all benchmarks, side by side with their peers
 #
-# Each first makes .venv with what requirements.txt pins. Finished stages of the demo are skipped; a stage that was
-# killed goes on where it was.
+# Each first makes .venv with what requirements.txt pins (VENV=FOLDER: uses that one as it is). Finished stages of
+# the demo are skipped; a stage that was killed goes on where it was. Where `train` runs (docs/cluster.md):
+#
+#   NPROC_PER_NODE=4 STRATEGY=zero3 ./launch.sh train ...    # default: a process a GPU; accelerate_configs/ddp.yaml
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 ./launch.sh train ...    # on 10.0.0.1; the other has NODE_RANK=1
+#   sbatch --nodes 2 --gpus-per-node 8 launch.sh train ...   # saves and requeues itself before its time is over
+#
+#SBATCH --job-name=lmolt --requeue --open-mode=append --signal=USR1@120
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+[[ -d lmolt ]] || cd "${SLURM_SUBMIT_DIR:-.}"     # sbatch runs a copy of this file, from elsewhere
+[[ -d lmolt ]] || { echo "error: run sbatch in the folder of launch.sh" >&2; exit 2; }
 
 PYTHON=${PYTHON:-python3}
 DEMO=runs/demo
+SUPERVISOR=()
 
 set_up() {
     local wanted
     wanted=$(cksum <requirements.txt)
-    if [[ $(cat .venv/installed 2>/dev/null) != "$wanted" ]]; then
+    if [[ -z ${VENV:-} && $(cat .venv/installed 2>/dev/null) != "$wanted" ]]; then
         "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
             { echo "error: Python 3.11 or newer is needed; point PYTHON to one" >&2; exit 2; }
         echo "== set-up: .venv, requirements.txt"
         "$PYTHON" -m venv .venv
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "${1:-requirements.txt}"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
         echo "$wanted" >.venv/installed
     fi
-    export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
+    export PATH="${VENV:-$PWD/.venv}/bin:$PATH" TOKENIZERS_PARALLELISM=false
 }
 
-# accelerate, on the CPU where there is no GPU, in as many processes as there are GPUs
+# launch SCRIPT ARGS: in as many processes as there are GPUs; one process needs no launcher
 launch() {
-    local gpus
-    gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
-    case $gpus in
-        0) accelerate launch --quiet --config_file accelerate_configs/cpu.yaml "$@" ;;
-        1) accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml "$@" ;;
-        *) accelerate launch --quiet --config_file accelerate_configs/ddp.yaml --num_processes "$gpus" "$@" ;;
-    esac
+    local visible gpus processes nodes=${NNODES:-1} launcher=(python)
+    visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}
+    IFS=, read -ra gpus <<<"$visible"
+    processes=$((nodes * ${NPROC_PER_NODE:-$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))}))
+    if ((processes > 1 || ${#gpus[@]} > 1)) || [[ ${STRATEGY:-} ]]; then
+        launcher=(accelerate launch --quiet --config_file "accelerate_configs/${STRATEGY:-ddp}.yaml"
+            --num_processes "$processes" --num_machines "$nodes" --machine_rank "${NODE_RANK:-0}"
+            --main_process_port "${MASTER_PORT:-29500}")
+    fi
+    if ((nodes > 1)); then
+        launcher+=(--main_process_ip "$MASTER_ADDR" --same_network --deepspeed_multinode_launcher standard)
+    fi
+    "${SUPERVISOR[@]}" "${launcher[@]}" "$@"
+}
+
+# this machine's part of a training run
+train() {
+    [[ -z ${NNODES:-} || ${NNODES} == 1 || ${MASTER_ADDR:-} ]] ||
+        { echo "error: NNODES=$NNODES needs MASTER_ADDR, and NODE_RANK on each" >&2; exit 2; }
+    export MASTER_PORT=${MASTER_PORT:-29500}
+    export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # passed on to each process,
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600                         # which then finishes its step and saves
+    SUPERVISOR=(exec python -m lmolt.nodes)
+    launch scripts/train_pref.py "$@"
+}
+
+# under Slurm: `train` once on each machine of the allocation; if it was asked to stop, the job queues again
+slurm() {
+    export NNODES=$SLURM_JOB_NUM_NODES MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    if ((${SLURM_RESTART_COUNT:-0} > 0)); then
+        set -- "$@" --resume_from_checkpoint true
+    fi
+    local status=0
+    srun --nodes "$NNODES" --ntasks "$NNODES" --ntasks-per-node 1 --cpus-per-task "$SLURM_CPUS_ON_NODE" \
+        ./launch.sh node "$@" || status=$?
+    ((status != 75)) || scontrol requeue "$SLURM_JOB_ID"
+    exit $status
+}
+
+# the task that srun starts on each machine
+node() {
+    export NODE_RANK=$SLURM_NODEID NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE / NPROC_PER_NODE))}
+    train "$@"
 }
 
 # stage NAME FILE COMMAND...: run the command unless the file, which appears last and whole, is there
@@ -86,7 +133,12 @@ demo() {
 case ${1:-demo} in
     demo) set_up && demo ;;
     test) set_up && shift && python -m pytest -n 2 --dist loadscope "$@" ;; # two at a time: the tests use one thread each
-    train) set_up && shift && launch scripts/train_pref.py "$@" ;;
+    test-distributed) set_up && shift && python -m pytest -m slow "$@" ;;
+    train)
+        set_up && shift
+        if [[ ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then slurm "$@"; else train "$@"; fi
+        ;;
+    node) set_up && shift && node "$@" ;;
     bench)
         set_up && pip install --quiet -r benchmarks/requirements.txt && mkdir -p runs/bench
         for benchmark in benchmarks/*.py; do
@@ -94,5 +146,5 @@ case ${1:-demo} in
             python "$benchmark" --json "runs/bench/$(basename "$benchmark" .py).json"
         done
         ;;
-    *) sed -n '2,10s/^# \{0,1\}//p' "$0" && exit 2 ;;
+    *) sed -n '2,15s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

@@ -25,6 +25,7 @@ from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging as hf_logging
 
 from lmolt import batches, losses, models, reference, resume
+from lmolt.preemption import StopWhenAsked
 from lmolt.recipes import apply_recipe
 from lmolt.trainer import PreferenceArguments, PreferenceTrainer
 from lmolt.triples import read_triples
@@ -133,6 +134,7 @@ def main(argv: list[str]) -> None:
         target_modules=args.lora_target_modules,
     )
     trainer = PreferenceTrainer(policy, args, train, held_out, processing_class=tokenizer)
+    trainer.add_callback(StopWhenAsked())
 
     # --- reference
     reference_name = "none (the loss has no reference)"
