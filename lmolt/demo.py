@@ -3,10 +3,10 @@
     python -m lmolt.demo
 
 Nothing is downloaded. The molecules are 4,999 of the NCI's, which come with RDKit; lmolt/demo_captions.py says in words
-what RDKit computes about them. The models are trained from scratch on the training split: a Llama that has read text
-but no pairs, from it a Llama for each direction, in the place of the two unidirectional Meditrons, and a T5 for each
-direction in MolT5's, whose outputs become the dis-preferred ones. All is written to runs/demo, each file and folder
-whole, and what is there is kept; remove runs/demo to start anew:
+what RDKit computes about them. The models are trained from scratch on the training split: a Llama that has read pages
+about its molecules but no instructions, from it a Llama for each direction, in the place of the two unidirectional
+Meditrons, and a T5 for each direction in MolT5's, whose outputs become the dis-preferred ones. All is written to
+runs/demo, each file and folder whole, and what is there is kept; remove runs/demo to start anew:
 
     pairs.parquet -> models/tokenizer -> models/{base, cap2mol, mol2cap, t5_mol2cap, t5_cap2mol} -> triples.parquet
 """
@@ -44,7 +44,7 @@ class Scale(NamedTuple):
     triples: float  # share of the training pairs
 
 
-SCALES = {"full": Scale(None, 128, 4, 2, 5, 2, 4, 0.3), "tiny": Scale(200, 64, 1, 1, 1, 1, 1, 0.5)}
+SCALES = {"full": Scale(None, 128, 4, 6, 3, 2, 4, 0.3), "tiny": Scale(200, 64, 1, 1, 1, 1, 1, 0.5)}
 VOCABULARY = 1280
 TOKENS_PER_BATCH = 800
 SOURCE_WEIGHT = 0.2  # of a source's tokens in the Llamas' loss, outputs having 1
@@ -111,10 +111,12 @@ def build_models(root: Path = ROOT, scale: str = "full") -> None:
     # Ctrl-C by itself, silently; this process reports.
     context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)
     with ProcessPoolExecutor(2, context, initializer=signal.signal, initargs=quiet) as pool:
-        for stage in ([models / "base"], llamas + t5s):
-            lacking = [folder for folder in stage if not folder.exists()]
-            for future in as_completed([pool.submit(_build_model, f, train, SCALES[scale]) for f in lacking]):
-                print(f"wrote {future.result()}")
+        build = lambda folders: [pool.submit(_build_model, f, train, SCALES[scale]) for f in folders if not f.exists()]
+        base, others = build([models / "base"]), build(t5s)  # side by side
+        for future in base:
+            print(f"wrote {future.result()}")
+        for future in as_completed(others + build(llamas)):
+            print(f"wrote {future.result()}")
     finished.touch()
 
 
@@ -170,9 +172,12 @@ def _train_tokenizer(train: list[dict]):
 
 
 def _train_base(train: list[dict], tokenizer, size: Scale):
-    """The Llama that both directions start from, as both Meditrons do: it has read captions and SMILES, never pairs.
+    """The Llama that both directions start from, as both Meditrons do: it has read, and never been instructed.
 
-    Of each molecule it also reads SMILES in random atom order, which are as good to learn the syntax from.
+    What it reads are lines of the training split as a page about a molecule has them: the SMILES before its caption,
+    and after it, and SMILES in random atom order, which are as good to learn the syntax from. Without such pages it
+    would meet mol2cap in the triples alone, too few for a model this small to find out that a caption tells of its
+    molecule: it learns to write captions, and any molecule's would do as well.
     """
     import torch
     from rdkit import Chem
@@ -195,8 +200,9 @@ def _train_base(train: list[dict], tokenizer, size: Scale):
     )
     texts = []
     for pair in train:
-        shuffled = Chem.MolToRandomSmilesVect(Chem.MolFromSmiles(pair["molecule"]), 2, randomSeed=SEED + 1)
-        texts += [pair["caption"], pair["molecule"], *shuffled]
+        smiles, caption = pair["molecule"], pair["caption"]
+        first, second = Chem.MolToRandomSmilesVect(Chem.MolFromSmiles(smiles), 2, randomSeed=SEED + 1)
+        texts += [f"{smiles}\n{caption}", f"{first}\n{caption}", f"{caption}\n{smiles}", second]
     rows = [([], encode_output(tokenizer, text)) for text in texts]
     _optimise(model, rows, _causal_loss(model, encode_prompt(tokenizer, "")), size.base_epochs, "Llama base")
     return model
