@@ -44,7 +44,7 @@ class Scale(NamedTuple):
     triples: float  # share of the training pairs
 
 
-SCALES = {"full": Scale(None, 128, 4, 6, 3, 2, 4, 0.3), "tiny": Scale(200, 64, 1, 1, 1, 1, 1, 0.5)}
+SCALES = {"full": Scale(None, 128, 4, 6, 2, 2, 4, 0.3), "tiny": Scale(200, 64, 1, 1, 1, 1, 1, 0.5)}
 VOCABULARY = 1280
 TOKENS_PER_BATCH = 800
 SOURCE_WEIGHT = 0.2  # of a source's tokens in the Llamas' loss, outputs having 1
