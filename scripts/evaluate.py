@@ -43,7 +43,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--compare", nargs="+", metavar="[NAME=]DIR", help="compare folders written by this script")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--name", help="the system's name in reports (default: the name of --output)")
-    parser.add_argument("--pairs", help="demo, a file, or a Hub data set")
+    parser.add_argument("--pairs", help="demo, lpm24, chebi20, a file, a folder, or a Hub data set")
     parser.add_argument("--split", help="split of --pairs (default: test where the pairs have splits)")
     parser.add_argument("--limit", type=int, help="this many pairs, chosen by --seed")
     parser.add_argument("--seed", type=int, default=0)
@@ -91,9 +91,8 @@ def chosen_pairs(args: argparse.Namespace, counts: Counter) -> list[dict]:
     """The pairs to evaluate on: the split's, all of them or --limit of them by seed, in their order."""
     from lmolt.pairs import clean, read_pairs
 
-    pairs = read_pairs(args.pairs, args.split, counts)
-    if args.split is None and any(pair.get("split") == "test" for pair in pairs):
-        pairs = [pair for pair in pairs if pair["split"] == "test"]
+    options = {"default_split": "test", "invalid": args.invalid_pairs, "seed": args.seed}
+    pairs = read_pairs(args.pairs, args.split, counts, **options)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: give a number of pairs, at least 1")
     if args.limit is not None and args.limit < len(pairs):

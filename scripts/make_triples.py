@@ -39,7 +39,7 @@ COLUMNS = {MOL2CAP: ("molecule", "caption"), CAP2MOL: ("caption", "molecule")}  
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", required=True, help="demo, a file, or a Hub data set")
+    parser.add_argument("--pairs", required=True, help="demo, lpm24, chebi20, a file, a folder, or a Hub data set")
     parser.add_argument(
         "--output", type=Path, required=True, help="triples, .parquet or .jsonl; replaced when finished"
     )
@@ -49,9 +49,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument("--same_pairs", action="store_true", help="each pair in both directions, not half in each")
     parser.add_argument("--canonicalise", action="store_true", help="write molecules as RDKit's canonical SMILES")
-    parser.add_argument("--deduplicate", action="store_true", help="keep the first pair of each molecule")
+    parser.add_argument("--deduplicate", action="store_true", help="keep the first pair of each molecule (InChIKey)")
     parser.add_argument(
-        "--invalid_pairs", choices=("error", "drop"), default="error", help="molecules that don't parse"
+        "--exclude", nargs="+", default=[], metavar="PAIRS", help="leave out molecules of these (of their test split)"
+    )
+    parser.add_argument("--exclude_stereoisomers", action="store_true", help="and those that differ in stereo only")
+    parser.add_argument(
+        "--invalid_pairs", choices=("error", "drop"), default="error", help="that don't parse, or are empty"
     )
     for direction in DIRECTIONS:
         group = parser.add_argument_group(direction).add_mutually_exclusive_group()
@@ -110,22 +114,28 @@ def attach_outputs(pairs: list[dict], path: Path, direction: str) -> None:
 
 def pairs_by_direction(args: argparse.Namespace, counts: Counter) -> dict[str, list[dict]]:
     """Clean, sampled pairs for each direction; those with outputs that exist have them under the direction's name."""
+    from lmolt.hygiene import screen
     from lmolt.pairs import clean, read_pairs, sample
 
-    pairs = read_pairs(args.pairs, args.split, counts)
-    if args.split is None and any(pair.get("split") == "train" for pair in pairs):
-        pairs = [pair for pair in pairs if pair.get("split") == "train"]
+    pairs = read_pairs(args.pairs, args.split, counts, default_split="train", invalid=args.invalid_pairs)
     for direction in args.directions:
         if path := getattr(args, f"{direction}_outputs"):
             attach_outputs(pairs, path, direction)
-    options = {"canonicalise": args.canonicalise, "deduplicate": args.deduplicate, "invalid": args.invalid_pairs}
-    cleaned, changes = clean(pairs, where=args.pairs, **options)
-    counts += changes
-    sampled = sample(cleaned, args.fraction, args.seed)
-    counts |= {"pairs read": len(pairs), "pairs sampled": len(sampled)}
+    sampled = sample(pairs, args.fraction, args.seed)
+    cleaned, changes = clean(sampled, canonicalise=args.canonicalise, invalid=args.invalid_pairs, where=args.pairs)
+    excluded = []
+    for spec in args.exclude:
+        excluded += read_pairs(spec, default_split="test", invalid="drop")
+    drops = {"drop_duplicates": args.deduplicate, "drop_stereoisomers": args.exclude_stereoisomers}
+    kept, found = screen(cleaned, excluded, **drops)
+    counts += changes + found
+    counts |= {"pairs read": len(pairs), "pairs sampled": len(sampled), "pairs excluded": len(excluded)}
+    counts |= {"pairs used": len(kept)}
+    if not kept:
+        raise ValueError(f"no pair of {args.pairs} is left: {dict(counts)}")
     if args.same_pairs or len(args.directions) == 1:
-        return dict.fromkeys(args.directions, sampled)
-    shuffled = random.Random(args.seed).sample(sampled, len(sampled))
+        return dict.fromkeys(args.directions, kept)
+    shuffled = random.Random(args.seed).sample(kept, len(kept))
     half = len(shuffled) // 2
     return {MOL2CAP: shuffled[:half], CAP2MOL: shuffled[half:]}
 

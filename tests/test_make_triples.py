@@ -65,6 +65,7 @@ def test_outputs_that_exist(pairs, tmp_path):
     assert summary["counts"] == {
         "pairs read": 20,
         "pairs sampled": 20,
+        "pairs used": 20,
         "mol2cap: output equal to the preferred one": 3,
         "mol2cap: empty output": 1,
         "mol2cap: triples": 16,
@@ -151,7 +152,7 @@ def test_models_a_kill_and_two_processes(pairs, tmp_path, tiny_policy):
         ),
         (
             ["--pairs", "{bad}", "--output", "t.jsonl", "--directions", "mol2cap", "--mol2cap_model", "m"],
-            "'C1CC' does not",
+            "'C1CC', does not",
         ),
         (
             ["--pairs", "{pairs}", "--output", "t.jsonl", "--directions", "mol2cap", "--mol2cap_outputs", "{bad}"],

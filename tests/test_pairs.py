@@ -83,6 +83,8 @@ def test_what_is_no_file():
         read_pairs("nowhere/pairs.csv")
     with pytest.raises(FileNotFoundError, match="no Hub id"):
         read_pairs("./nowhere")
+    with pytest.raises(ValueError, match="'lpm24' has the splits train, validation, test, not 'unseen'"):
+        read_pairs("lpm24", "unseen")
     with pytest.raises(ValueError, match="'someone/something' is no file, and as a data set it could not be loaded"):
         read_pairs("someone/something")  # the tests are offline
 
@@ -100,13 +102,41 @@ def test_splits_of_a_table_and_of_a_data_set(tmp_path):
         read_pairs(tmp_path / "set")
 
 
+def test_the_default_split_is_taken_where_there_is_one(tmp_path):
+    rows = [row | {"split": split} for row, split in zip(ROWS, ("train", "test"), strict=True)]
+    write_table(rows, tmp_path / "t.jsonl")
+    assert read_pairs(tmp_path / "t.jsonl", default_split="test") == rows[1:]
+    assert read_pairs(tmp_path / "t.jsonl", default_split="validation") == rows
+    assert read_pairs(tmp_path / "t.jsonl", "train", default_split="test") == rows[:1]
+
+
+def test_a_folder_of_chebi20_files(tmp_path):
+    (tmp_path / "LICENSE").write_text("none")
+    for split, line in {"train": "7\tC/C=C\\\\C\tAn alkene.", "validation": "8\tC\t", "test": "9\tCC\tA gas."}.items():
+        (tmp_path / f"{split}.txt").write_text(f"CID\tSMILES\tdescription\n{line}\n")
+    counts = Counter()
+    wanted = [{"id": "7", "molecule": "C/C=C\\C", "caption": "An alkene."}]
+    assert read_pairs(tmp_path, "train", counts) == wanted and counts == {"doubled backslashes made single": 1}
+    assert [pair["id"] for pair in read_pairs(tmp_path, default_split="test")] == ["9"]
+    with pytest.raises(ValueError, match="has the splits train, validation, test; choose one with --split"):
+        read_pairs(tmp_path)
+    with pytest.raises(ValueError, match=r"validation.txt row 1: 'description' is empty; .* --invalid_pairs drop"):
+        read_pairs(tmp_path, "validation")
+    with pytest.raises(ValueError, match="each of its 1 rows has an empty molecule or caption"):
+        read_pairs(tmp_path, "validation", invalid="drop")
+    with (tmp_path / "validation.txt").open("a") as file:
+        file.write("10\tCO\tAn alcohol.\n")
+    assert len(read_pairs(tmp_path, "validation", counts, invalid="drop")) == 1
+    assert counts["empty caption dropped"] == 1
+
+
 def test_clean_counts_what_it_changes():
     pairs = [{"id": str(i), "molecule": m, "caption": "x"} for i, m in enumerate(["OCC", "CCO", "C1CC", "", "CC"])]
-    with pytest.raises(ValueError, match=r"pairs.csv row 3 \(id '2'\): 'C1CC' does not parse"):
+    with pytest.raises(ValueError, match=r"pairs.csv: the molecule of pair '2', 'C1CC', does not parse"):
         clean(pairs, where="pairs.csv")
-    cleaned, counts = clean(pairs, canonicalise=True, deduplicate=True, invalid="drop")
-    assert [pair["molecule"] for pair in cleaned] == ["CCO", "CC"]
-    assert counts == {"unparsable SMILES": 2, "duplicate molecule": 1, "SMILES made canonical": 1}
+    cleaned, counts = clean(pairs, canonicalise=True, invalid="drop")
+    assert [pair["molecule"] for pair in cleaned] == ["CCO", "CCO", "CC"]
+    assert counts == {"unparsable SMILES dropped": 2, "SMILES made canonical": 1}
     assert pairs[0]["molecule"] == "OCC"
 
 
