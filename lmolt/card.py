@@ -1,6 +1,12 @@
-"""The model card of a trained adapter: what it is, and how it came to be."""
+"""Model cards: what a model is, how it came to be, how to use it, what evaluate.py found."""
 
+import csv
+import json
 from pathlib import Path
+
+import yaml
+
+from lmolt.prompts import CAP2MOL, MOL2CAP, build_prompt
 
 LOSSES = {
     "sft": "negative log-likelihood of the preferred outputs (Eq. 4)",
@@ -9,13 +15,69 @@ LOSSES = {
     "kto": "Kahneman-Tversky optimisation (Eqs. 9 to 13)",
     "kto_pair": "TRL 0.8's kto_pair, the loss that the paper's authors ran as DPO",
 }
+EXAMPLES = {MOL2CAP: "CCO", CAP2MOL: "The molecule is a primary alcohol that is ethane with a hydroxy group."}
 
 
-def write_card(folder: Path, name: Path, run: dict) -> None:
-    """Write README.md into `folder` from what `run.json` holds; `name` is the path that the adapter will have."""
+def front_matter(tags: list[str], parents: list[str], **metadata) -> str:
+    """A card's metadata. Only Hub ids may stand in `base_model`: the Hub refuses a card that names a folder there."""
+    on_hub = [parent for parent in parents if not Path(parent).exists()]
+    metadata |= {"pipeline_tag": "text-generation", "base_model": on_hub, "tags": tags}
+    kept = {key: value for key, value in metadata.items() if value}
+    return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def usage(name: str, *, adapter: bool = False, seq2seq: bool = False, trust_remote_code: bool = False) -> str:
+    """Python that loads the model `name` and translates one example in each direction, as a card shows it."""
+    package, loader = "transformers", f"AutoModelFor{'Seq2SeqLM' if seq2seq else 'CausalLM'}"
+    if adapter:
+        package, loader = "peft", f"AutoPeft{loader[4:]}"
+    remote = ", trust_remote_code=True" if trust_remote_code else ""
+    lines = [
+        "import torch",
+        f"from {package} import {loader}",
+        "from transformers import AutoTokenizer",
+        "",
+        f'model = {loader}.from_pretrained("{name}", dtype="auto"{remote})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}"{remote})',
+    ]
+    if seq2seq:
+        lines += ["", f'ids = tokenizer("{EXAMPLES[MOL2CAP]}").input_ids  # one direction, the one it was trained for']
+        rest = "output[0]"
+    else:
+        for direction, example in EXAMPLES.items():
+            lines += ["", f'{direction} = """{build_prompt(direction, example)}"""']
+        lines += [
+            "",
+            f"ids = tokenizer({MOL2CAP}, add_special_tokens=False).input_ids  # or {CAP2MOL}",
+            "if tokenizer.bos_token_id is not None:",
+            "    ids = [tokenizer.bos_token_id, *ids]",
+        ]
+        rest = "output[0, len(ids) :]"
+    lines += [
+        "output = model.generate(input_ids=torch.tensor([ids]).to(model.device), max_new_tokens=250, do_sample=False)",
+        f"print(tokenizer.decode({rest}, skip_special_tokens=True))",
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```\n"
+
+
+def as_table(rows: dict[str, object]) -> str:
+    return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+
+
+def write_card(folder: Path, output_dir: Path, run: dict) -> None:
+    """Write README.md, the card of a trained adapter, into `folder`, which holds the adapter's other files.
+
+    `run` is what `run.json` holds; `output_dir` is where the adapter will be, and where a log of emissions may be.
+    """
     arguments, data = run["arguments"], run["data"]
+    name = arguments["hub_model_id"] if arguments["push_to_hub"] else str(output_dir)
     base = arguments["model"]
+    state = json.loads((folder / "trainer_state.json").read_text())
+    efficiency = json.loads((folder / "efficiency.json").read_text())
+    emissions = read_emissions(output_dir / "emissions.csv")
     rows = {
+        "base model": f"`{base}`" + described_merge(Path(base)),
+        "continues": f"`{arguments['adapter']}`" if arguments["adapter"] else "nothing: a fresh adapter",
         "loss": f"`{arguments['loss']}`: {LOSSES[arguments['loss']]}",
         "beta, alpha, nll": f"{arguments['beta']}, {arguments['alpha']}, {arguments['nll']}",
         "reference": run["reference"],
@@ -27,32 +89,93 @@ def write_card(folder: Path, name: Path, run: dict) -> None:
         "adapter": f"r {arguments['lora_r']}, alpha {arguments['lora_alpha']}, dropout {arguments['lora_dropout']}",
         "seed": arguments["seed"],
         "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
-    }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    } | measured(state, efficiency, emissions)
+    warning = ""
+    if Path(base).exists():
+        warning = f"Its base model is a folder, `{base}`, which whoever uses the adapter needs at the same path.\n\n"
+    metadata = front_matter(
+        ["lora", "molecules", "smiles", "translation", "preference-optimization", arguments["loss"]],
+        [base],
+        library_name="peft",
+        co2_eq_emissions=emissions,
+        **run["licence"],
+    )
     (folder / "README.md").write_text(
-        f"""---
-library_name: peft
-base_model: {base}
-tags: [lora, molecules, smiles, translation, preference-optimization, {arguments["loss"]}]
----
-
-# {name.name}
+        f"""{metadata}
+# {Path(name).name}
 
 A LoRA adapter that translates between molecules (SMILES) and captions, both ways, aligned with LMolT
 (Gkoumas & Liakata, "Feedback-aligned Mixed LLMs for Machine Language-Molecule Translation").
 
-```python
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-model = AutoPeftModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-| | |
-|---|---|
-{table}
+{warning}{usage(name, adapter=True, trust_remote_code=arguments["trust_remote_code"])}
+{as_table(rows)}
 
 All arguments are in `run.json`, the cost in `efficiency.json`, the log in `trainer_state.json`.
 """
     )
+
+
+def measured(state: dict, efficiency: dict, emissions: dict) -> dict[str, str]:
+    """Rows for what the run measured of itself: the kept checkpoint's held-out scores, energy, emissions."""
+    rows = {}
+    evaluations = {log["step"]: log for log in state["log_history"] if "eval_loss" in log}
+    if evaluations:
+        step = state["best_global_step"] if state["best_global_step"] in evaluations else max(evaluations)
+        shown = {key.removeprefix("eval_"): value for key, value in evaluations[step].items() if _is_score(key)}
+        rows[f"held-out, step {step}"] = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
+    if efficiency["gpu_energy_joules"] is not None:
+        rows["energy"] = f"{efficiency['gpu_energy_joules'] / 3.6e6:.3g} kWh of the first process's GPU (NVML)"
+    if emissions:
+        rows["emissions"] = f"{emissions['emissions']:.3g} g CO2-eq ({emissions['source']})"
+    return rows
+
+
+def _is_score(key: str) -> bool:
+    direction, _, name = key.removeprefix("eval_").partition("/")
+    if direction in (MOL2CAP, CAP2MOL):
+        return name == "rewards/accuracies" or "/" not in name
+    return key == "eval_loss"
+
+
+def read_emissions(path: Path) -> dict:
+    """`co2_eq_emissions`, in grams, of CodeCarbon's log of a run (a row a start); empty where there is none."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    last = rows[-1]
+    hardware = last.get("gpu_model") or last.get("cpu_model")
+    place = {"geographical_location": last.get("country_name"), "hardware_used": hardware}
+    return {
+        "emissions": 1000 * sum(float(row["emissions"]) for row in rows),
+        "source": "CodeCarbon",
+        "training_type": "fine-tuning",
+    } | {key: value for key, value in place.items() if value}
+
+
+def described_merge(folder: Path) -> str:
+    """What a merged base model was made of, from its merge.json; nothing for other models."""
+    if not (folder / "merge.json").is_file():
+        return ""
+    arguments = json.loads((folder / "merge.json").read_text())["arguments"]
+    parents = [*arguments["models"], *filter(None, [arguments["base"], arguments["adapter"]])]
+    how = arguments["method"] or "folding"
+    weights = f" with weights {arguments['weights']}" if arguments["weights"] else ""
+    return f", made by {how} of {', '.join(f'`{parent}`' for parent in parents)}{weights}"
+
+
+def model_index(name: str, record: dict, url: str) -> list[dict]:
+    """evaluate.py's metrics.json `record` as the `model-index` of a card; `url` is where the record can be read."""
+    arguments, results = record["arguments"], []
+    pairs = Path(arguments.get("pairs") or "molecule-captions")  # a file, or the name of a data set
+    for direction, part in record["directions"].items():
+        dataset = {"name": pairs.name, "config": direction, "split": arguments.get("split") or "test"}
+        dataset["type"] = "molecule-captions" if pairs.exists() else str(pairs)
+        metrics = [
+            {"type": key, "value": entry["value"], "name": key, "args": {"convention": entry["convention"]}}
+            for key, entry in part["metrics"].items()
+            if "value" in entry
+        ]
+        task = {"type": "translation", "name": direction}
+        results.append({"task": task, "dataset": dataset, "metrics": metrics, "source": {"name": "LMolT", "url": url}})
+    return [{"name": name, "results": results}]

@@ -76,6 +76,7 @@ class PreferenceArguments(TrainingArguments):
 
     # TrainingArguments' own, with the paper's values
     output_dir: str | None = field(default=None, metadata={"help": "where to write; default runs/LOSS"})
+    hub_strategy: str = field(default="end", metadata={"help": "of --push_to_hub: end, the finished adapter once"})
     num_train_epochs: float = 3.0
     per_device_train_batch_size: int = 1
     per_device_eval_batch_size: int = 8
@@ -100,9 +101,12 @@ class PreferenceArguments(TrainingArguments):
             "nll": ("token", "sequence"),
             "packing": ("tree", "padded"),
             "max_length_policy": ("error", "drop"),
+            "hub_strategy": ("end",),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
+        if self.hub_token is not None:
+            raise ValueError("--hub_token would show in the shell's history; use `hf auth login`, or set HF_TOKEN")
         self.output_dir = self.output_dir or f"runs/{self.loss}"
         if not (torch.cuda.is_available() or is_torch_xpu_available() or is_torch_npu_available()):
             self.use_cpu = True  # a laptop needs no flag; Apple's GPUs have neither NF4 nor float64
@@ -357,7 +361,7 @@ class PreferenceTrainer(Trainer):
         """Write the adapter and all that belongs to it; `adapter_model.safetensors` appears last, by rename."""
         output_dir = Path(self.args.output_dir)
         staging = output_dir / "unfinished"
-        self.save_model(str(staging))
+        self.save_model(str(staging), _internal_call=True)  # else Trainer uploads at once, with a card of its own
         if not self.is_world_process_zero():
             return
         check_saved_adapter(staging, self.model)

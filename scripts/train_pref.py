@@ -24,7 +24,7 @@ import torch
 from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging as hf_logging
 
-from lmolt import batches, losses, models, reference, resume
+from lmolt import batches, hub, losses, models, reference, resume
 from lmolt.preemption import StopWhenAsked
 from lmolt.recipes import apply_recipe
 from lmolt.trainer import PreferenceArguments, PreferenceTrainer
@@ -117,6 +117,13 @@ def main(argv: list[str]) -> None:
         args.eval_strategy, args.load_best_model_at_end = "no", False
         say("no held-out triples: nothing is evaluated, and the last model is kept instead of the best")
 
+    # --- the Hub, asked before the work
+    share, licence = args.push_to_hub and args.process_index == 0, {}
+    if share:
+        licence = hub.licence([args.model])
+        name = args.hub_model_id or Path(args.output_dir).name
+        args.hub_model_id = hub.reserve(name, args.hub_private_repo, args.hub_revision)
+
     # --- policy
     base = models.load_base(
         args.model,
@@ -159,14 +166,17 @@ def main(argv: list[str]) -> None:
     data = {"train": count(train), "evaluation": count(held_out), "dropped": dict(dropped)}
     trainer.save_finished(
         {
-            "arguments": {k: v for k, v in args.to_sanitized_dict().items() if not k.endswith("_token")},
+            "arguments": {k: v for k, v in args.to_dict().items() if not k.endswith("_token")},
             "reference": reference_name,
             "world_size": args.world_size,
             "data": {"triples_sha256": reference.sha256_file(Path(args.triples))} | data,
             "versions": {name: version(name) for name in PACKAGES},
+            "licence": licence,
         }
     )
     say(f"wrote {args.output_dir}: the adapter, its card, run.json, efficiency.json, trainer_state.json, training.png")
+    if share:
+        say(f"uploaded {hub.push(args.output_dir, args.hub_model_id, args.hub_private_repo, args.hub_revision)}")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@
         hub.add("org/pairs", {"train.jsonl": b"..."}, "dataset")  # or a folder; public unless private=True
         token = hub.login("alice")  # may write to alice/...; write=False for a token that only reads
         subprocess.run(command, env=hub.environment(tmp_path / "home", token))
-        hub.files("alice/adapter")["README.md"]  # bytes that the branch main holds
+        hub.files("alice/adapter")["README.md"]  # what the branch main holds
 
 The libraries read HF_ENDPOINT when they are imported, so a client is a process of its own, with `environment()`: an
 empty HF_HOME, no token but the one given, and Xet storage off, whose protocol this server doesn't speak (files of
-`LFS_SUFFIXES` go by git-lfs, others inside the commit). A repository has one branch, `main`, and its commits.
+`LFS_SUFFIXES` go by git-lfs, others inside the commit). Cards are checked as the Hub does: YAML, base_model a Hub id.
 
 What goes wrong is scripted, for requests whose "METHOD /path" a regular expression finds:
 
@@ -30,8 +30,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 LFS_SUFFIXES = (".safetensors", ".parquet", ".png", ".bin")
-NO_SUCH_COMMIT = ("RevisionNotFound", "Invalid rev id")
 PREFIX = {"model": "", "dataset": "datasets/"}
 
 
@@ -48,23 +49,23 @@ class Repository:
     id: str
     type: str
     private: bool
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # commit id: path: content; the last is main
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # commit id: path: content
+    branches: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
 
-    def commit(self, files: dict[str, bytes], message: str) -> str:
+    def commit(self, files: dict[str, bytes], message: str, branch: str = "main") -> str:
         listing = "".join(f"{path} {blob_id(data)}\n" for path, data in sorted(files.items()))
         name = hashlib.sha1(f"{self.id} {len(self.commits)} {message}\n{listing}".encode()).hexdigest()
-        self.commits[name] = files
+        self.commits[name], self.branches[branch] = files, name
         self.messages.append(message)
         return name
 
     def resolve(self, revision: str) -> str:
         """The commit that `revision` names; an `Answer` of 404 if there is none."""
-        if revision == "main":
-            return list(self.commits)[-1]
-        if revision not in self.commits:
-            raise Answer(404, *NO_SUCH_COMMIT)
-        return revision
+        name = self.branches.get(revision, revision)
+        if name not in self.commits:
+            raise Answer(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return name
 
 
 class Answer(Exception):
@@ -103,9 +104,9 @@ class HubServer:
         repository = self.repositories[type, repo_id] = Repository(repo_id, type, private)
         return repository.commit(files, "initial commit")
 
-    def files(self, repo_id: str, type: str = "model") -> dict[str, bytes]:
+    def files(self, repo_id: str, type: str = "model", revision: str = "main") -> dict[str, bytes]:
         repository = self.repositories[type, repo_id]
-        return repository.commits[repository.resolve("main")]
+        return repository.commits[repository.resolve(revision)]
 
     def login(self, name: str, write: bool = True) -> str:
         token = f"hf_{hashlib.sha256(f'{name} {write}'.encode()).hexdigest()[:34]}"
@@ -247,9 +248,17 @@ class _Handler(BaseHTTPRequestHandler):
         })  # fmt: skip
 
     def refs(self, types: str, id: str) -> None:
-        commit = self.repository(types, id).resolve("main")
-        branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": commit}
-        self.answer({"branches": [branch], "converts": [], "tags": []})
+        branches = self.repository(types, id).branches.items()
+        found = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit} for name, commit in branches]
+        self.answer({"branches": found, "converts": [], "tags": []})
+
+    def branch(self, types: str, id: str, name: str) -> None:
+        repository = self.repository(types, id)
+        self.check_may_write(id.split("/")[0])
+        if name in repository.branches:
+            raise Answer(409, message=f"Reference already exists: {name}")
+        repository.branches[name] = repository.branches["main"]
+        self.answer({})
 
     def auth_check(self, types: str, id: str, write: str | None) -> None:
         repository = self.repository(types, id)
@@ -294,16 +303,9 @@ class _Handler(BaseHTTPRequestHandler):
         return self.answer(data, 200, headers)
 
     def validate_yaml(self) -> None:
-        import yaml
-
-        content = json.loads(self.body)["content"]
-        parts = content.split("---\n")
-        try:
-            metadata = yaml.safe_load(parts[1]) if len(parts) > 2 else None
-        except yaml.YAMLError as error:
-            return self.answer({"errors": [{"message": str(error)}], "warnings": []}, 400)
-        warnings = [] if isinstance(metadata, dict) else [{"message": "empty or missing yaml metadata in repo card"}]
-        return self.answer({"errors": [], "warnings": warnings})
+        if error := card_error(json.loads(self.body)["content"]):
+            return self.answer({"errors": [{"message": error}], "warnings": []}, 400)
+        return self.answer({"errors": [], "warnings": []})
 
     def preupload(self, types: str, id: str, revision: str) -> None:
         repository = self.repository(types, id)
@@ -349,9 +351,24 @@ class _Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
             else:
                 raise Answer(400, message=f"this server has no operation {key!r}")
-        commit = repository.commit(files, summary)
+        if "README.md" in files and (error := card_error(files["README.md"].decode())):
+            raise Answer(400, message=f"Invalid metadata in README.md: {error}")
+        commit = repository.commit(files, summary, revision)
         url = f"{self.hub.url}/{PREFIX[repository.type]}{id}/commit/{commit}"
         self.answer({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
+
+
+def card_error(text: str) -> str | None:
+    """What the Hub has against a card's metadata, if anything."""
+    try:
+        metadata = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else {}
+    except yaml.YAMLError as error:
+        return str(error)
+    base = metadata.get("base_model", [])
+    for name in [base] if isinstance(base, str) else base:
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+            return f'"base_model" with value {name!r} is not valid. Use a model id from https://hf.co/models.'
+    return None
 
 
 def entries(files: dict[str, bytes], folder: str, recursive: bool = False) -> list[dict]:
@@ -382,6 +399,7 @@ ROUTES = (
     (rf"GET {_API}/refs", _Handler.refs),
     (rf"GET {_API}/auth-check(?P<write>/write)?", _Handler.auth_check),
     (rf"GET {_API}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", _Handler.tree),
+    (rf"POST {_API}/branch/(?P<name>[^/]+)", _Handler.branch),
     (rf"POST {_API}/paths-info/(?P<revision>[^/]+)", _Handler.paths_info),
     (rf"POST {_API}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
     (rf"POST {_API}/commit/(?P<revision>[^/]+)", _Handler.commit),
