@@ -20,8 +20,8 @@ EXAMPLES = {MOL2CAP: "CCO", CAP2MOL: "The molecule is a primary alcohol that is 
 
 def front_matter(tags: list[str], parents: list[str], **metadata) -> str:
     """A card's metadata. Only Hub ids may stand in `base_model`: the Hub refuses a card that names a folder there."""
-    on_hub = [parent for parent in parents if not Path(parent).exists()]
-    metadata |= {"pipeline_tag": "text-generation", "base_model": on_hub, "tags": tags}
+    metadata |= {"pipeline_tag": "text-generation", "tags": tags}
+    metadata["base_model"] = [parent for parent in parents if not Path(parent).exists()]
     kept = {key: value for key, value in metadata.items() if value}
     return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---\n"
 
@@ -174,7 +174,7 @@ def model_index(name: str, record: dict, url: str) -> list[dict]:
         metrics = [
             {"type": key, "value": entry["value"], "name": key, "args": {"convention": entry["convention"]}}
             for key, entry in part["metrics"].items()
-            if "value" in entry
+            if "value" in entry and "/" not in key  # METRIC/CATEGORY are in the record
         ]
         task = {"type": "translation", "name": direction}
         results.append({"task": task, "dataset": dataset, "metrics": metrics, "source": {"name": "LMolT", "url": url}})

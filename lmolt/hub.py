@@ -15,17 +15,17 @@ LICENCE = ("license", "license_name", "license_link")
 NOT_UPLOADED = ("checkpoint-*", "unfinished/*")  # what a run needs to go on, and nobody to use its outcome
 
 
-def reserve(name: str, private: bool | None = None, revision: str | None = None) -> str:
+def reserve(name: str, private: bool | None = None, revision: str | None = None, *, create: bool = True) -> str:
     """Make the model repository `name` if it isn't there; its full id, OWNER/NAME, to which this token may write.
 
-    Called before hours of work. `OSError` if there is no token, no right or no connection; `ValueError` for a public
-    repository where a private one was asked for.
+    Called before hours of work. `OSError` if there is no token, no right, no connection or, without `create`, no
+    repository; `ValueError` for a public one where a private one was asked for.
     """
     if get_token() is None:
         raise OSError("--push_to_hub needs a token that may write: log in with `hf auth login`, or set HF_TOKEN")
     api = HfApi()
     try:
-        repo_id = api.create_repo(name, private=private, exist_ok=True).repo_id
+        repo_id = api.create_repo(name, private=private, exist_ok=True).repo_id if create else name
         api.auth_check(repo_id, write=True)  # create_repo is content with a repository that others own
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lmolt.card import front_matter, usage
 from lmolt.merging import cosines, effective_weights
 
 
@@ -64,8 +65,8 @@ def table(lineage: dict) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
 
 
-def write_lineage(folder: Path, name: str, lineage: dict) -> None:
-    """merge.json and README.md, the card of the model that will be called `name`, into `folder`."""
+def write_lineage(folder: Path, name: str, lineage: dict, *, seq2seq: bool = False) -> None:
+    """merge.json and README.md, the card of the model that can be loaded as `name`, into `folder`."""
     (folder / "merge.json").write_text(json.dumps(lineage, indent=1) + "\n")
     arguments = lineage["arguments"]
     parents = [*arguments["models"], *filter(None, [arguments["base"], arguments["adapter"]])]
@@ -75,27 +76,20 @@ def write_lineage(folder: Path, name: str, lineage: dict) -> None:
         f"| `{file}` | `{digest}` |" for file, digest in {**lineage["inputs"], **lineage["outputs"]}.items()
     )
     versions = ", ".join(f"{package} {number}" for package, number in lineage["versions"].items())
-    base = "\n".join(f"- {parent}" for parent in parents)
+    metadata = front_matter(
+        ["merge", "molecules", "smiles", "translation"],
+        parents,
+        library_name="transformers",
+        base_model_relation="finetune" if arguments["adapter"] else "merge",
+        **lineage["licence"],
+    )
     (folder / "README.md").write_text(
-        f"""---
-library_name: transformers
-base_model:
-{base}
-base_model_relation: {"finetune" if arguments["adapter"] else "merge"}
-tags: [merge, molecules, smiles, translation]
----
-
-# {name}
+        f"""{metadata}
+# {Path(name).name}
 
 {method.capitalize()}, made with LMolT ({versions}).
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
+{usage(name, seq2seq=seq2seq)}
 {table(lineage)}
 
 Effective weights are the least-squares fit of the output on its inputs: what the merge made of the weights asked for.

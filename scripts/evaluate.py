@@ -78,10 +78,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     metric.add_argument("--n_shuffles", type=int, default=99, help="of the outputs, for what they owe to their sources")
     metric.add_argument("--n_bootstrap", type=int, help="resamples (default: 1,000 for intervals, 10,000 to compare)")
     metric.add_argument("--cache_dir", type=Path, default=CACHE, help="keeps references' features")
+    sharing = parser.add_argument_group("sharing")
+    sharing.add_argument("--push_to_hub", action="store_true", help="put the metrics on the model's card on the Hub")
+    sharing.add_argument("--hub_model_id", metavar="OWNER/NAME", help="the model whose card that is")
     parser.add_argument("--baseline", help="--compare: the system that differences are from (default: the first)")
     args = parser.parse_args(argv)
     if args.predictions and len(args.predictions) != len(args.direction or []):
         parser.error("--predictions needs a --direction for each file: mol2cap or cap2mol")
+    if args.push_to_hub and (args.compare or not args.hub_model_id):
+        parser.error("--push_to_hub is for one model's metrics, and needs --hub_model_id OWNER/NAME")
     if args.model and not args.pairs:
         parser.error("--model needs --pairs: demo, a file, or a Hub data set")
     return args
@@ -148,11 +153,15 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    from lmolt import hub
     from lmolt.metrics import score
     from lmolt.pairs import write_table
     from lmolt.predictions import digest, read_predictions
     from lmolt.report import Run, write_report, write_whole
     from lmolt.tables import to_markdown
+
+    if args.push_to_hub and FIRST_PROCESS:
+        hub.reserve(args.hub_model_id, create=False)
 
     # ---- outputs: made now, or made before
     counts = defaultdict(Counter)  # what was odd about the data, by direction
@@ -223,6 +232,9 @@ def evaluate(args: argparse.Namespace) -> None:
         print(to_markdown(table))
     write_whole(args.output / "metrics.json", record)
     print(f"report: {args.output / 'report.html'} (and report.md beside it)")
+    if args.push_to_hub:
+        url = hub.push_metrics(args.output / "metrics.json", run.record, args.hub_model_id)
+        print(f"metrics are on the card of {args.hub_model_id}: {url}")
 
 
 def main() -> None:

@@ -68,6 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace an earlier merge at --output once the new one is whole")
     add("--resume", action="store_true", help="go on with a merge that was killed")
     add("--verify", nargs="?", const=True, metavar="FOLDER", help="check a merged folder (default: --output, after it)")
+    add("--push_to_hub", action="store_true", help="upload the merged model with its card")
+    add("--hub_model_id", metavar="OWNER/NAME", help="where to (default: your own, the name of --output)")
+    add("--hub_private_repo", action="store_true", default=None, help="make that repository private")
     add("--plot", type=Path, metavar="FILE.png", help="effective weights and cosines by layer")
     return parser
 
@@ -164,6 +167,12 @@ def main(argv: list[str]) -> None:
         return print(f"{args.output} is already finished")
     check_output(args, sources)
     dtype = merging.check_checkpoints(sources, NAMES.get(args.dtype))
+    name, licence = str(args.output), {}
+    if args.push_to_hub:
+        from lmolt import hub
+
+        name = hub.reserve(args.hub_model_id or args.output.name, args.hub_private_repo)
+        licence = hub.licence([*filter(None, [*args.models, args.base, args.adapter])])
     if args.adapter:
         from lmolt.folding import Adapter, fold_tensor  # imports torch
 
@@ -194,9 +203,11 @@ def main(argv: list[str]) -> None:
         | {name: version(name) for name in packages},
         "inputs": inputs,
         "outputs": outputs,
+        "licence": licence,
         **(summarise_fold if args.adapter else summarise)(records),
     }
-    write_lineage(output.partial, args.output.name, lineage)
+    config = json.loads((models[0].folder / "config.json").read_text())
+    write_lineage(output.partial, name, lineage, seq2seq=config.get("is_encoder_decoder", False))
     output.finish(models[0])
     print(table(lineage))
     print(f"wrote {args.output} in {time.perf_counter() - began:.1f} s: the model, its card, merge.json")
@@ -205,6 +216,8 @@ def main(argv: list[str]) -> None:
         print(f"wrote {args.plot}")
     if args.verify:
         verify_folder(args.output)
+    if args.push_to_hub:
+        print(f"uploaded {hub.push(args.output, name, args.hub_private_repo)}")
     return None
 
 

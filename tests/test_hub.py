@@ -14,6 +14,7 @@ import pytest
 import yaml
 from hub_server import HubServer
 
+from lmolt.pairs import write_table
 from lmolt.triples import write_triples
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,6 +159,73 @@ def test_without_rights_nothing_is_trained(hub, tmp_path, train):
     message = err[err.index("error: ") :]
     assert "can't push to alice/cpo on the Hub (403 Forbidden: You don't have the rights" in message
     assert len(message.splitlines()) == 1
+
+
+def script(name: str, hub: HubServer, home: Path, token: str, *arguments) -> tuple[int, str, str]:
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    done = subprocess.run(command, env=hub.environment(home, token), capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_merged_model_is_uploaded_and_its_cards_python_runs(hub, tmp_path, tiny_policy):
+    files, token = {file.name: file.read_bytes() for file in tiny_policy.iterdir()}, hub.login("alice")
+    for name in ("org/a", "org/b"):
+        hub.add(name, files | {"README.md": b"---\nlicense: apache-2.0\n---\n"})
+    arguments = ("--method", "linear", "--models", "org/a", "org/b", "--weights", "1", "1", "--push_to_hub")
+    hub.cut("POST /api/models/alice/merged/commit", after=1000, times=1)
+    code, out, err = script("merge.py", hub, tmp_path / "home", token, *arguments, "--output", tmp_path / "merged")
+    assert code == 2 and "its upload to alice/merged failed (Server disconnected" in err
+    command = shlex.split(err.splitlines()[-1])
+    command[0] = str(Path(sys.executable).with_name("hf"))
+    subprocess.run(command, env=hub.environment(tmp_path / "home", token), check=True, capture_output=True)
+    files = hub.files("alice/merged")
+    assert files.keys() >= {"config.json", "tokenizer.json", "model.safetensors", "merge.json", "README.md"}
+    metadata = yaml.safe_load((card := files["README.md"].decode()).split("---\n")[1])
+    assert metadata["base_model"] == ["org/a", "org/b"] and metadata["base_model_relation"] == "merge"
+    assert metadata["license"] == "apache-2.0"
+    assert python(card.split("```python\n")[1].split("```")[0], hub.environment(tmp_path / "other"))
+    assert token not in out + err and not any(token.encode() in data for data in files.values())
+
+
+def test_metrics_come_onto_the_card(hub, tmp_path, few_triples):
+    token, card = hub.login("alice"), b"---\nlicense: mit\n---\n\n# cpo\n"
+    hub.add("alice/cpo", {"README.md": card})
+    options = [
+        "--no_fcd",
+        "--n_bootstrap",
+        20,
+        "--n_shuffles",
+        9,
+        "--output",
+        tmp_path / "cpo",
+        "--direction",
+        "cap2mol",
+    ]
+    rows = [t | {"reference": t["chosen"], "prediction": t["rejected"]} for t in few_triples if t["id"][0] == "c"]
+    write_table(rows, tmp_path / "outputs.jsonl")
+    options += [
+        "--direction",
+        "cap2mol",
+        "--predictions",
+        tmp_path / "outputs.jsonl",
+        "--push_to_hub",
+        "--hub_model_id",
+    ]
+    code, _, err = script("evaluate.py", hub, tmp_path / "home", token, *options, "alice/absent")
+    assert code == 2 and "can't push to alice/absent on the Hub (404" in err and not (tmp_path / "cpo").exists()
+    for _ in range(2):  # the second time they replace the first's
+        code, out, err = script("evaluate.py", hub, tmp_path / "home", token, *options, "alice/cpo")
+        assert code == 0, err
+        files = hub.files("alice/cpo")
+        metadata = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
+        [result] = metadata["model-index"][0]["results"]
+        values = {metric["type"]: metric["value"] for metric in result["metrics"]}
+        record = json.loads((tmp_path / "cpo" / "metrics.json").read_text())
+        assert json.loads(files["evaluation/cpo/metrics.json"]) == record
+        found = record["directions"]["cap2mol"]["metrics"]
+        assert values == {key: entry["value"] for key, entry in found.items() if "value" in entry and "/" not in key}
+        assert values["exact_match"] == 0 and metadata["license"] == "mit"
+        assert files["README.md"].endswith(b"# cpo\n") and token not in out + err
 
 
 CALLS = """import sys, time

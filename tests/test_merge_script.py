@@ -84,7 +84,7 @@ def test_slerp_as_a_user_runs_it(abc, tmp_path):
     for file, digest in lineage["outputs"].items():
         assert hashlib.sha256((tmp_path / "O" / file).read_bytes()).hexdigest() == digest
     assert len(lineage["inputs"]) == 1 + len(list(b.glob("*.safetensors")))
-    assert "base_model" in (tmp_path / "O" / "README.md").read_text()
+    assert "A merge by slerp" in (tmp_path / "O" / "README.md").read_text()
 
 
 def test_the_output_loads_and_goes_on(merge, abc, tmp_path):
