@@ -58,17 +58,17 @@ def reference_pairs(data: Path, rows: int) -> list[tuple[str, str]]:
             draw = random.Random(number)
             text = ". It has a role as a ".join(draw.sample(names, 4))
             pairs.append((line.split()[0], f"The molecule is a {text} number {number}."))
-    from lmolt.metrics.molecule import formulas
+    from lmolt.metrics.molecule import canonical, in_processes
 
-    readable = formulas([s for s, _ in pairs])
-    return [pair for pair in pairs if readable[pair[0]]][:rows]
+    readable = in_processes(canonical, [s for s, _ in pairs])
+    return [pair for pair, found in zip(pairs, readable, strict=True) if found][:rows]
 
 
 def outputs(pairs: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
     """A stand-in system's (SMILES, captions) for the pairs, in the shape the module's docstring says."""
     from rdkit import Chem
 
-    from lmolt.metrics.molecule import canonical, formulas
+    from lmolt.metrics.molecule import canonical, in_processes
 
     draw = random.Random(0)
     changed = {}
@@ -76,7 +76,8 @@ def outputs(pairs: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
         atoms = [i for i, c in enumerate(smiles) if c in "CNO" and smiles[i + 1 : i + 2] not in ("l", "a", "o")]
         options = [smiles[:i] + draw.choice("CNOS") + smiles[i + 1 :] for i in draw.sample(atoms, min(4, len(atoms)))]
         changed[smiles] = [o for o in options if o != smiles]
-    readable = formulas([o for options in changed.values() for o in options])
+    options = list({o for options in changed.values() for o in options})
+    readable = dict(zip(options, in_processes(canonical, options), strict=True))
     # RDKit calls two empty fingerprints unlike (0), LMolT equal SMILES alike (1): salts of single atoms stay apart.
     plain = [Chem.MolFromSmiles(smiles).GetNumBonds() > 2 for smiles, _ in pairs]
     by_length = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
@@ -193,10 +194,10 @@ def our_molecules(references, predictions, cache) -> dict[str, float]:
     from lmolt.metrics.ngrams import characters
 
     columns = caption.bleu_columns(characters(references), characters(predictions))
-    formula = molecule.formulas([*references, *predictions])
-    valid = np.array([bool(formula[p]) for p in predictions])
-    exact = molecule.exact_matches(references, predictions, formula)
-    similarities = molecule.similarities(references, predictions, valid, exact["canonical_match"] > 0, cache)
+    features = molecule.describe(references, predictions, cache)
+    valid = np.array([features[p] is not None for p in predictions])
+    exact = molecule.exact_matches(references, predictions, features)
+    similarities = molecule.similarities(references, predictions, features, exact["canonical_match"] > 0)
     return {
         "bleu": caption.bleu_of_sums(np.array([columns[name].sum() for name in caption.BLEU_COLUMNS])),
         "exact_match": exact["exact_match"].mean(),

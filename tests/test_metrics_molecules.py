@@ -55,7 +55,8 @@ def test_small_set_by_hand():
 
 def test_fingerprints_equal_rdkit():
     valid = np.array([True, True, True, False, False, True])
-    found = molecule.similarities(REFERENCES, PREDICTIONS, valid, np.zeros(6, bool))
+    features = molecule.describe(REFERENCES, PREDICTIONS)
+    found = molecule.similarities(REFERENCES, PREDICTIONS, features, np.zeros(6, bool))
     old_morgan = lambda m: AllChem.GetMorganFingerprint(m, 2)
     kinds = {"maccs": MACCSkeys.GenMACCSKeys, "rdk": Chem.RDKFingerprint, "morgan": old_morgan}
     for key, fingerprint in kinds.items():
@@ -128,7 +129,7 @@ def test_activations_and_distance_equal_fcd(monkeypatch):
 
 def test_pool_equals_one_process():
     smiles = ["C" * n + tail for n in range(1, 70) for tail in ("O", "N", "(", "[Na+].[Cl-]")]
-    assert molecule.formulas(smiles, 2) == molecule.formulas(smiles, 1)
+    assert molecule.describe(smiles, smiles[::-1], None, 2) == molecule.describe(smiles, smiles[::-1], None, 1)
 
 
 def test_compare_needs_no_sources():

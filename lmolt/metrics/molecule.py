@@ -4,12 +4,13 @@ RDKit's share, nearly all of the time, runs in a pool of processes over the dist
 for the references (`cache_dir`). Nothing is computed twice for a SMILES, nor at all for a pair of equal strings.
 """
 
-import functools
 import hashlib
 import os
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import rdkit
@@ -22,7 +23,7 @@ from lmolt.metrics.ngrams import flatten
 
 _MORGAN = rdFingerprintGenerator.GetMorganGenerator(radius=2)
 MAX_CHARACTERS = 20_000
-_FEW = 200  # below so many SMILES a pool costs more than it saves
+_FEW = 60  # below so many SMILES a pool costs more than it saves
 
 
 def parse(smiles: str) -> Chem.Mol | None:
@@ -32,22 +33,25 @@ def parse(smiles: str) -> Chem.Mol | None:
     return molecule if molecule is not None and molecule.GetNumAtoms() else None
 
 
-def _formula(smiles: str) -> str:
+class Features(NamedTuple):
+    """What is compared of one molecule: MACCS and RDK bits packed, Morgan's sparse counts in RDKit's binary form."""
+
+    formula: str
+    maccs: bytes | None
+    rdk: bytes | None
+    morgan: bytes
+
+
+def _features(smiles: str, bits: bool = True) -> Features | None:
+    """None where it is no molecule; without `bits`, nine tenths of the time, neither MACCS nor RDK."""
     molecule = parse(smiles)
-    return rdMolDescriptors.CalcMolFormula(molecule) if molecule else ""
-
-
-def _fingerprints(smiles: str) -> tuple[bytes, bytes, bytes]:
-    """MACCS and RDK bits packed, and Morgan's sparse counts in RDKit's own binary form."""
-    molecule = parse(smiles)
-    bits = MACCSkeys.GenMACCSKeys(molecule), Chem.RDKFingerprint(molecule)
-    return *map(DataStructs.BitVectToBinaryText, bits), _MORGAN.GetSparseCountFingerprint(molecule).ToBinary()
-
-
-def _environments(smiles: str) -> list[int]:
-    """Morgan's atom environments, each as often as it occurs."""
-    counts = _MORGAN.GetSparseCountFingerprint(parse(smiles)).GetNonzeroElements()
-    return [environment for environment, count in counts.items() for _ in range(count)]
+    if molecule is None:
+        return None
+    packed = None, None
+    if bits:
+        packed = map(DataStructs.BitVectToBinaryText, (MACCSkeys.GenMACCSKeys(molecule), Chem.RDKFingerprint(molecule)))
+    morgan = _MORGAN.GetSparseCountFingerprint(molecule).ToBinary()
+    return Features(rdMolDescriptors.CalcMolFormula(molecule), *packed, morgan)
 
 
 def _matches(pair: tuple[str, str]) -> tuple[bool, bool, bool]:
@@ -93,26 +97,51 @@ def in_processes(function, items: list, num_workers: int | None = None) -> list:
     return results
 
 
-@functools.cache
+@cache
 def _pool(workers: int) -> ProcessPoolExecutor:
     """Forked once and kept: RDKit need not be imported again, and memory is not copied again for each metric."""
     return ProcessPoolExecutor(workers, mp_context=get_context("fork"))
 
 
-def formulas(smiles: list[str], num_workers: int | None = None) -> dict[str, str]:
-    """Molecular formula of each distinct SMILES, empty for an invalid one."""
-    distinct = list(dict.fromkeys(smiles))
-    return dict(zip(distinct, in_processes(_formula, distinct, num_workers), strict=True))
+def describe(
+    references: list[str], predictions: list[str], cache_dir=None, num_workers: int | None = None
+) -> dict[str, Features | None]:
+    """Features of each distinct SMILES, each parsed once; None for what is no molecule.
+
+    Pairs of one string need no MACCS and RDK, so those are None where nothing else asks for them. References' features
+    are kept in `cache_dir`, by content: all of them with their bits, for other systems' outputs.
+    """
+    path, found = None, {}
+    if cache_dir is not None:
+        content = "\n".join([rdkit.__version__, *references])
+        path = Path(cache_dir) / f"features-{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
+    own = list(dict.fromkeys(references))
+    if path is not None and path.is_file():
+        with np.load(path) as stored:  # allow_pickle is off
+            parts = [np.split(stored[f"data{k}"], np.cumsum(stored[f"length{k}"])[:-1]) for k in range(4)]
+        rows = ([part.tobytes() for part in row] for row in zip(*parts, strict=True))
+        found = {s: Features(row[0].decode(), *row[1:]) for s, row in zip(own, rows, strict=True)}
+    unequal = [pair for pair in zip(references, predictions, strict=True) if pair[0] != pair[1]]
+    wanted = dict.fromkeys([*(own if path else ()), *(s for pair in unequal for s in pair)])
+    whole = [s for s in wanted if s not in found]
+    brief = [s for s in own if s not in wanted]
+    new = path is not None and not found
+    found |= zip(whole, in_processes(_features, whole, num_workers), strict=True)
+    found |= zip(brief, in_processes(partial(_features, bits=False), brief, num_workers), strict=True)
+    if new and all(found[s] for s in own):  # else the caller names the reference that is no molecule
+        columns = [[found[s].formula.encode(), *found[s][1:]] for s in own]
+        arrays = {f"data{k}": np.frombuffer(b"".join(c[k] for c in columns), np.uint8) for k in range(4)}
+        save_whole(path, arrays | {f"length{k}": np.array([len(c[k]) for c in columns]) for k in range(4)})
+    return found
 
 
-def environments(sides: list[list[str]], num_workers: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Morgan's sparse counts of each side's valid SMILES as a corpus of atom environments (see ngrams.py)."""
-    distinct = list(dict.fromkeys(s for side in sides for s in side))
-    of = dict(zip(distinct, in_processes(_environments, distinct, num_workers), strict=True))
-    return [flatten([of[s] for s in side]) for side in sides]
+def environments(sides: list[list[Features]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Morgan's sparse counts of each side's molecules as a corpus of atom environments, repeated (see ngrams.py)."""
+    counts = [[DataStructs.ULongSparseIntVect(f.morgan).GetNonzeroElements() for f in side] for side in sides]
+    return [flatten([[e for e, c in row.items() for _ in range(c)] for row in side]) for side in counts]
 
 
-def exact_matches(references, predictions, formula: dict[str, str], num_workers=None) -> dict[str, np.ndarray]:
+def exact_matches(references, predictions, features: dict, num_workers=None) -> dict[str, np.ndarray]:
     """Three kinds of exact match, `(n,)` of 0 and 1: by InChI (`exact_match`, as MolT5), `canonical_match` and
     `canonical_match_no_stereo`. Only pairs of one formula are compared further, since no others can agree."""
     keys = ("exact_match", "canonical_match", "canonical_match_no_stereo")
@@ -121,7 +150,7 @@ def exact_matches(references, predictions, formula: dict[str, str], num_workers=
     for i, pair in enumerate(zip(references, predictions, strict=True)):
         if pair[0] == pair[1]:
             result[i] = "*" not in pair[0], True, True
-        elif formula[pair[0]] == formula[pair[1]]:
+        elif features[pair[1]] and features[pair[0]].formula == features[pair[1]].formula:
             open_pairs.setdefault(pair, []).append(i)
     for pair, found in zip(open_pairs, in_processes(_matches, list(open_pairs), num_workers), strict=True):
         result[open_pairs[pair]] = found
@@ -136,10 +165,8 @@ def scaffold_match(references, predictions, valid: np.ndarray, num_workers=None)
     return np.array([float(ok and of[r] == of[p]) if of[r] else np.nan for r, p, ok in pairs])
 
 
-def similarities(
-    references: list[str], predictions: list[str], valid: np.ndarray, same: np.ndarray, cache_dir=None, num_workers=None
-) -> dict[str, np.ndarray]:
-    """Tanimoto similarity of n pairs, `(n,)` each, NaN where the prediction is not `valid`, 1 where it is the `same`.
+def similarities(references: list[str], predictions: list[str], features: dict, same: np.ndarray) -> dict:
+    """Tanimoto similarity of n pairs, `(n,)` each, NaN where the prediction is invalid, 1 where it is the `same`.
 
     `same`: pairs of one canonical SMILES, whose fingerprints need not be computed to be equal.
 
@@ -147,53 +174,30 @@ def similarities(
     2. As MolT5's fingerprint_metrics.py, but equal molecules score 1 also where their fingerprint is empty (methane's),
     which RDKit's Tanimoto calls 0.
     """
-    pairs = zip(references, predictions, valid & ~same, strict=True)
-    unequal = list(dict.fromkeys((r, p) for r, p, compare in pairs if compare))
-    wanted = references if cache_dir else [r for r, _ in unequal]  # a cache serves other systems' outputs too
-    of = _cached_fingerprints(wanted, [p for _, p in unequal], cache_dir, num_workers)
-    scores = _compare_fingerprints([of[r] for r, _ in unequal], [of[p] for _, p in unequal]) if unequal else ()
-    known = dict(zip(unequal, scores, strict=True))
-    table = np.full((len(references), 3), np.nan)
-    for i in np.flatnonzero(valid):
-        table[i] = 1.0 if same[i] else known[references[i], predictions[i]]
+    of = [[features[s] for s in side] for side in (references, predictions)]
+    valid = np.array([f is not None for f in of[1]])
+    table = np.where(valid, 1.0, np.nan)[:, None].repeat(3, 1)
+    unequal = np.flatnonzero(valid & ~same)
+    if len(unequal):
+        table[unequal] = _compare_fingerprints(*([side[i] for i in unequal] for side in of))
     return {key: table[:, k] for k, key in enumerate(("maccs", "rdk", "morgan"))}
 
 
 def _compare_fingerprints(*sides: list) -> np.ndarray:
-    """Tanimoto of MACCS, RDK and Morgan, `(n, 3)`, of n >= 1 pairs of `_fingerprints`."""
+    """Tanimoto of MACCS, RDK and Morgan, `(n, 3)`, of n >= 1 pairs of `Features`."""
     n = len(sides[0])
     scores = np.empty((n, 3))
     for k in range(2):
-        bits = [np.frombuffer(b"".join(f[k] for f in side), np.uint8).reshape(n, -1) for side in sides]
+        bits = [np.frombuffer(b"".join(f[1 + k] for f in side), np.uint8).reshape(n, -1) for side in sides]
         shared = np.bitwise_count(bits[0] & bits[1]).sum(1).astype(float)
         scores[:, k] = _tanimoto(shared, *(np.bitwise_count(b).sum(1) for b in bits))
-    counts = ([DataStructs.ULongSparseIntVect(f[2]) for f in side] for side in sides)
+    counts = ([DataStructs.ULongSparseIntVect(f.morgan) for f in side] for side in sides)
     scores[:, 2] = [DataStructs.TanimotoSimilarity(a, b) for a, b in zip(*counts, strict=True)]
     return scores
 
 
 def _tanimoto(shared, a, b) -> np.ndarray:
     return np.divide(shared, a + b - shared, out=np.zeros(len(shared)), where=a + b > 0)
-
-
-def _cached_fingerprints(references, predictions, cache_dir, num_workers) -> dict[str, tuple]:
-    """Fingerprints of each distinct SMILES; those of references are kept in `cache_dir`, by content."""
-    path, known = None, {}
-    if cache_dir is not None:
-        content = "\n".join([rdkit.__version__, *references])
-        path = Path(cache_dir) / f"fingerprints-{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
-    distinct = list(dict.fromkeys(references))
-    if path is not None and path.is_file():
-        with np.load(path) as stored:  # allow_pickle is off
-            parts = [np.split(stored[f"data{k}"], np.cumsum(stored[f"length{k}"])[:-1]) for k in range(3)]
-        known = {s: tuple(p.tobytes() for p in row) for s, row in zip(distinct, zip(*parts, strict=True), strict=True)}
-    todo = [s for s in dict.fromkeys([*distinct, *predictions]) if s not in known]
-    found = known | dict(zip(todo, in_processes(_fingerprints, todo, num_workers), strict=True))
-    if path is not None and not known and distinct:
-        arrays = {f"data{k}": np.frombuffer(b"".join(found[s][k] for s in distinct), np.uint8) for k in range(3)}
-        arrays |= {f"length{k}": np.array([len(found[s][k]) for s in distinct]) for k in range(3)}
-        save_whole(path, arrays)
-    return found
 
 
 def save_whole(path: Path, arrays: dict[str, np.ndarray]) -> None:
