@@ -61,9 +61,8 @@ def wait_for_the_others(nodes: int, address: str, port: int) -> list[Peer]:
         try:
             listener = socket.create_server(("", wanted), backlog=nodes)
         except OSError as error:
-            raise ValueError(
-                f"port {wanted} of the main node can't be used ({error}); set another MASTER_PORT"
-            ) from error
+            reason = os.strerror(error.errno)
+            raise ValueError(f"port {wanted} of the main node: {reason}; set another MASTER_PORT") from error
         if wanted == port:
             listener.close()
     peers, end = {}, time.monotonic() + START_TIMEOUT
@@ -79,15 +78,14 @@ def wait_for_the_others(nodes: int, address: str, port: int) -> list[Peer]:
             ) from None
         try:
             hello = peer.receive()
-            node, peer.name = hello["node"], f"node {hello['node']} ({hello['host']})"
+            node, host, fits = hello["node"], hello["host"], hello["nodes"] == nodes
         except (OSError, ValueError, KeyError, TypeError):
             continue  # nobody of ours
-        if hello["nodes"] != nodes or not 0 < node < nodes or node in peers:
-            wrong = (
-                f"NODE_RANK={node} NNODES={hello['nodes']} doesn't fit, or is there twice, in a job of {nodes} nodes"
-            )
-            peer.send(lost=f"{hello['host']}: {wrong}")
-            raise ValueError(f"{hello['host']}: {wrong}")
+        peer.name = f"node {node} ({host})"
+        if not fits or not 0 < node < nodes or node in peers:
+            wrong = f"{peer.name} is there twice, or was started for another number of nodes than {nodes}"
+            peer.send(lost=wrong)
+            raise ValueError(wrong)
         peers[node] = peer
     listener.close()
     for peer in peers.values():

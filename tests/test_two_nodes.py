@@ -1,0 +1,135 @@
+"""Two machines: network namespaces of their own addresses, joined by a cable; `launch.sh train` on each as users do."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lmolt.triples import write_triples
+
+ROOT = Path(__file__).resolve().parents[1]
+CPO = ["--loss", "cpo", "--eval_fraction", "0", "--eval_strategy", "no", "--lora_dropout", "0", "--lora_r", "8"]
+CPO += ["--bf16", "false", "--learning_rate", "1e-3", "--gradient_accumulation_steps"]
+
+
+class TwoNodes:
+    addresses = ("10.77.77.1", "10.77.77.2")
+
+    def __init__(self, logs: Path):
+        self.names = [f"lmolt-{os.getpid()}-{node}" for node in (0, 1)]
+        self.logs = [logs / f"node{node}.log" for node in (0, 1)]
+        for name in self.names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable", "netns", self.names[0], "type", "veth", "peer", "cable", "netns", self.names[1])
+        for name, address in zip(self.names, self.addresses, strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "lo", "up")
+        self.cable("up")
+
+    def cable(self, state: str) -> None:
+        for name in self.names:
+            ip("-n", name, "link", "set", "cable", state)
+
+    def run(self, node: int, *command, **environment) -> subprocess.Popen:
+        """The command on one node; its output goes to the node's log."""
+        job = {"NNODES": "2", "NODE_RANK": str(node), "MASTER_ADDR": self.addresses[0], "VENV": sys.prefix}
+        command = ["ip", "netns", "exec", self.names[node], *map(str, command)]
+        with self.logs[node].open("w") as log:
+            return subprocess.Popen(command, env=os.environ | job | environment, stdout=log, stderr=log, cwd=ROOT)
+
+    def train(self, *arguments, **environment) -> list[subprocess.Popen]:
+        return [self.run(node, ROOT / "launch.sh", "train", *arguments, **environment) for node in (0, 1)]
+
+    def said(self, node: int) -> str:
+        return self.logs[node].read_text()
+
+    def remove(self) -> None:
+        for name in self.names:
+            for pid in ip("netns", "pids", name).split():
+                psutil.Process(int(pid)).kill()
+            ip("netns", "delete", name)
+
+
+def ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def two_nodes(tmp_path):
+    if not shutil.which("ip") or subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
+        pytest.skip("needs iproute2, and root's right to make network namespaces")
+    nodes = TwoNodes(tmp_path)
+    yield nodes
+    nodes.remove()
+
+
+def one_process(folder: Path, *arguments) -> list[dict]:
+    """What a run in one process logs."""
+    command = [sys.executable, ROOT / "scripts" / "train_pref.py", *arguments, "--output_dir", folder]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return steps(folder)
+
+
+def steps(folder: Path) -> list[dict]:
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [row for row in log if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def qlora(tmp_path_factory, tiny_policy, few_triples):
+    """Arguments, and the losses of one process."""
+    folder = tmp_path_factory.mktemp("one")
+    write_triples(few_triples, folder / "triples.jsonl")
+    arguments = ["--model", tiny_policy, "--triples", folder / "triples.jsonl", "--save_strategy", "no"]
+    arguments += ["--num_train_epochs", "1", *CPO]
+    return arguments, one_process(folder / "out", *arguments, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp"])
+def test_two_nodes_equal_one_process(strategy, two_nodes, qlora, tmp_path):
+    arguments, expected = qlora
+    nodes = two_nodes.train(*arguments, 2, "--output_dir", tmp_path / "out", STRATEGY=strategy)
+    assert [node.wait(timeout=120) for node in nodes] == [0, 0], two_nodes.said(0) + two_nodes.said(1)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["world_size"] == 2
+    for two, one in zip(steps(tmp_path / "out"), expected, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert two[key] == pytest.approx(one[key], rel=1e-4), (key, one["step"])
+    assert "wrote" in two_nodes.said(0) and "wrote" not in two_nodes.said(1)
+
+
+def test_what_is_missing_at_the_start_is_named(two_nodes):
+    """In seconds here, in LMOLT_START_TIMEOUT (100) else."""
+    train = [sys.executable, "-m", "lmolt.nodes", "true"]
+    waiting = two_nodes.run(0, *train, MASTER_PORT="29500", LMOLT_START_TIMEOUT="2")
+    assert waiting.wait(timeout=10) == 1
+    assert "1 of 2 nodes didn't come within 2 s: those with NODE_RANK 1;" in two_nodes.said(0)
+    for address, reason in ((two_nodes.addresses[0], "Connection refused"), ("10.77.77.3", "")):
+        lonely = two_nodes.run(1, *train, MASTER_ADDR=address, MASTER_PORT="29500", LMOLT_START_TIMEOUT="1")
+        assert lonely.wait(timeout=10) == 1
+        assert f"can't reach the main node at {address}, port 29501, within 1 s" in two_nodes.said(1)
+        assert reason in two_nodes.said(1)
+    listen = "import socket, time; s = socket.create_server(('', 29500)); print('there', flush=True); time.sleep(60)"
+    squatter = two_nodes.run(0, sys.executable, "-c", listen)
+    while "there" not in two_nodes.said(0):
+        time.sleep(0.05)
+    blocked = two_nodes.run(0, *train, MASTER_PORT="29500")
+    assert blocked.wait(timeout=10) == 1
+    assert "port 29500 of the main node: Address already in use; set another MASTER_PORT" in two_nodes.said(0)
+    squatter.kill()
+    squatter.wait()
+
+
+def test_a_node_rank_that_is_there_twice_is_named(two_nodes):
+    train = [sys.executable, "-m", "lmolt.nodes", "true"]
+    main = two_nodes.run(0, *train, MASTER_PORT="29500", NNODES="3")
+    first, second = (two_nodes.run(1, *train, MASTER_PORT="29500", NNODES="3") for _ in range(2))
+    assert [node.wait(timeout=10) for node in (main, first, second)] == [1, 1, 1]
+    assert "is there twice, or was started for another number of nodes than 3" in two_nodes.said(0)
