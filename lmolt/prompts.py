@@ -1,4 +1,4 @@
-"""Directions, the paper's prompts (Gkoumas & Liakata 2024, appendix C), and how text becomes token ids."""
+"""Directions, the paper's prompts (Gkoumas & Liakata 2024, appendix C) and other systems', text -> token ids."""
 
 MOL2CAP, CAP2MOL = "mol2cap", "cap2mol"
 DIRECTIONS = (MOL2CAP, CAP2MOL)
@@ -19,11 +19,42 @@ TEMPLATES = {
 }
 
 
-def build_prompt(direction: str, source: str) -> str:
-    """The prompt for one source text; `ValueError` on an unknown direction."""
-    if direction not in TEMPLATES:
+# How each system of recipes/systems.yaml is asked. A prompt is part of a model: to the letter, blanks included.
+STYLES = {
+    "paper": TEMPLATES,
+    # MolT5: the source and nothing else (its README; the authors' create_negative.py)
+    "bare": dict.fromkeys(DIRECTIONS, "{source}"),
+    # Text+Chem T5: the prefixes of its training tasks
+    "text_chem": {
+        MOL2CAP: "Caption the following molecule: {source}",
+        CAP2MOL: "Write in SMILES the described molecule: {source}",
+    },
+    # what the paper's authors put before a T5's source instead (their inference_t5.py)
+    "translate": {
+        MOL2CAP: "Translate the following molecule smile string to a descriptive caption: {source}",
+        CAP2MOL: "Translate the following descriptive caption to a molecule smile string: {source}",
+    },
+    # the two Meditrons' cards: the paper's wording, other blanks
+    "meditron": {
+        direction: template.replace("{source}\n", "{source} \n").replace("?\n\n### Response:\n", "?\n\n\n### Response:")
+        for direction, template in TEMPLATES.items()
+    },
+}
+# ChemLLM: the authors' wording in the chat format of its tokenizer_config.json
+STYLES["chem_llm"] = {
+    direction: "<|im_start|>system\nYou are an AI Chemist assistant whose name is ChemLLM.<|im_end|>\n"
+    f"<|im_start|>user\n{template}<|im_end|>\n<|im_start|>assistant\n"
+    for direction, template in STYLES["translate"].items()
+}
+
+
+def build_prompt(direction: str, source: str, style: str = "paper") -> str:
+    """The prompt for one source text, in a style of `STYLES`; `ValueError` on an unknown direction or style."""
+    if style not in STYLES:
+        raise ValueError(f"unknown prompt style {style!r}; use one of {', '.join(STYLES)}")
+    if direction not in STYLES[style]:
         raise ValueError(f"unknown direction {direction!r}; use one of {', '.join(DIRECTIONS)}")
-    return TEMPLATES[direction].replace("{source}", source)
+    return STYLES[style][direction].replace("{source}", source)
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
