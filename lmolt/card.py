@@ -20,7 +20,7 @@ EXAMPLES = {MOL2CAP: "CCO", CAP2MOL: "The molecule is a primary alcohol that is 
 
 def front_matter(tags: list[str], parents: list[str], **metadata) -> str:
     """A card's metadata. Only Hub ids may stand in `base_model`: the Hub refuses a card that names a folder there."""
-    metadata |= {"pipeline_tag": "text-generation", "tags": tags}
+    metadata["tags"] = tags
     metadata["base_model"] = [parent for parent in parents if not Path(parent).exists()]
     kept = {key: value for key, value in metadata.items() if value}
     return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---\n"
@@ -71,12 +71,12 @@ def write_card(folder: Path, output_dir: Path, run: dict) -> None:
     """
     arguments, data = run["arguments"], run["data"]
     name = arguments["hub_model_id"] if arguments["push_to_hub"] else str(output_dir)
-    base = arguments["model"]
+    base, revision = arguments["model"], arguments["revision"]
     state = json.loads((folder / "trainer_state.json").read_text())
     efficiency = json.loads((folder / "efficiency.json").read_text())
     emissions = read_emissions(output_dir / "emissions.csv")
     rows = {
-        "base model": f"`{base}`" + described_merge(Path(base)),
+        "base model": f"`{base}`{f', revision `{revision}`' if revision else ''}" + described_merge(Path(base)),
         "continues": f"`{arguments['adapter']}`" if arguments["adapter"] else "nothing: a fresh adapter",
         "loss": f"`{arguments['loss']}`: {LOSSES[arguments['loss']]}",
         "beta, alpha, nll": f"{arguments['beta']}, {arguments['alpha']}, {arguments['nll']}",
@@ -97,6 +97,7 @@ def write_card(folder: Path, output_dir: Path, run: dict) -> None:
         ["lora", "molecules", "smiles", "translation", "preference-optimization", arguments["loss"]],
         [base],
         library_name="peft",
+        pipeline_tag="text-generation",
         co2_eq_emissions=emissions,
         **run["licence"],
     )
@@ -132,9 +133,7 @@ def measured(state: dict, efficiency: dict, emissions: dict) -> dict[str, str]:
 
 def _is_score(key: str) -> bool:
     direction, _, name = key.removeprefix("eval_").partition("/")
-    if direction in (MOL2CAP, CAP2MOL):
-        return name == "rewards/accuracies" or "/" not in name
-    return key == "eval_loss"
+    return key == "eval_loss" or (direction in (MOL2CAP, CAP2MOL) and (name == "rewards/accuracies" or "/" not in name))
 
 
 def read_emissions(path: Path) -> dict:
@@ -143,14 +142,13 @@ def read_emissions(path: Path) -> dict:
         return {}
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    last = rows[-1]
-    hardware = last.get("gpu_model") or last.get("cpu_model")
-    place = {"geographical_location": last.get("country_name"), "hardware_used": hardware}
     return {
         "emissions": 1000 * sum(float(row["emissions"]) for row in rows),
         "source": "CodeCarbon",
         "training_type": "fine-tuning",
-    } | {key: value for key, value in place.items() if value}
+        "geographical_location": rows[-1]["country_name"],
+        "hardware_used": rows[-1]["gpu_model"] or rows[-1]["cpu_model"],
+    }
 
 
 def described_merge(folder: Path) -> str:

@@ -80,6 +80,7 @@ def write_lineage(folder: Path, name: str, lineage: dict, *, seq2seq: bool = Fal
         ["merge", "molecules", "smiles", "translation"],
         parents,
         library_name="transformers",
+        pipeline_tag="translation" if seq2seq else "text-generation",
         base_model_relation="finetune" if arguments["adapter"] else "merge",
         **lineage["licence"],
     )

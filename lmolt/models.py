@@ -72,8 +72,13 @@ def load_base(name: str, *, revision=None, load_in_4bit=False, dtype=torch.bfloa
     return model
 
 
-def add_adapter(model, adapter: str | None, *, r: int, alpha: int, dropout: float, target_modules: str):
-    """The trainable policy: a fresh LoRA (B = 0, so the policy starts as its base), or `adapter` continued."""
+def add_adapter(
+    model, adapter: str | None, *, r: int, alpha: int, dropout: float, target_modules: str, revision: str | None = None
+):
+    """The trainable policy: a fresh LoRA (B = 0, so the policy starts as its base), or `adapter` continued.
+
+    `revision` is the base's on the Hub: the adapter's config keeps it, and whoever loads the adapter gets that base.
+    """
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight at its first forward pass in eval mode, for a
         # kernel without gradient, and never unpacks it: training after an evaluation would silently lose gradients.
@@ -91,7 +96,7 @@ def add_adapter(model, adapter: str | None, *, r: int, alpha: int, dropout: floa
         target_modules=target_modules,
         bias="none",
     )
-    return get_peft_model(model, config)
+    return get_peft_model(model, config, revision=revision)
 
 
 def check_saved_adapter(folder: Path, model) -> None:

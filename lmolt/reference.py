@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 
 from lmolt.batches import Example
@@ -24,11 +25,14 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_identity(name: str, commit: str | None) -> str:
-    """What tells one set of weights from another: the Hub's commit, or the hash of a local folder's files."""
+def weights_identity(name: str, config: str, revision: str | None = None) -> str:
+    """What tells one set of weights from another: the Hub's commit, or the hash of a local folder's files.
+
+    `config` is the file by which the commit is found: it lies in .../snapshots/COMMIT/ of the Hub's cache.
+    """
     folder = Path(name)
     if not folder.is_dir():
-        return f"{name}@{commit}"
+        return f"{name}@{Path(hf_hub_download(name, config, revision=revision)).parent.name}"
     files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name.endswith("config.json"))
     return hashlib.sha256("".join(f"{p.name}:{sha256_file(p)};" for p in files).encode()).hexdigest()
 

@@ -139,6 +139,7 @@ def main(argv: list[str]) -> None:
         alpha=args.lora_alpha,
         dropout=args.lora_dropout,
         target_modules=args.lora_target_modules,
+        revision=args.revision,
     )
     trainer = PreferenceTrainer(policy, args, train, held_out, processing_class=tokenizer)
     trainer.add_callback(StopWhenAsked())
@@ -148,8 +149,8 @@ def main(argv: list[str]) -> None:
     if args.loss in losses.USES_REFERENCE:
         reference_name = f"adapter {args.adapter}, frozen" if args.adapter else f"base model {args.model}, adapter off"
         identity = {
-            "base": reference.weights_identity(args.model, getattr(base.config, "_commit_hash", None)),
-            "adapter": reference.weights_identity(args.adapter, None) if args.adapter else "",
+            "base": reference.weights_identity(args.model, "config.json", args.revision),
+            "adapter": reference.weights_identity(args.adapter, "adapter_config.json") if args.adapter else "",
             "precision": f"nf4={args.load_in_4bit} bf16={args.bf16} fp16={args.fp16}",
         }
         reference_name += f" (log-probabilities {trainer.set_references(identity)})"

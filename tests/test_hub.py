@@ -14,6 +14,7 @@ import pytest
 import yaml
 from hub_server import HubServer
 
+from lmolt import card
 from lmolt.pairs import write_table
 from lmolt.triples import write_triples
 
@@ -41,10 +42,10 @@ def parquet(rows: list[dict]) -> bytes:
 
 def test_pairs_come_from_the_hub(hub, tmp_path):
     rows = [{"molecule": "CCO", "caption": "An alcohol."}, {"molecule": "C", "caption": "A gas."}]
-    card = b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n"
-    card += b"  - split: validation\n    path: data/validation-*\n---\n"
+    readme = b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n"
+    readme += b"  - split: validation\n    path: data/validation-*\n---\n"
     hub.add("org/parquet", {
-        "README.md": card,
+        "README.md": readme,
         "data/train-00000-of-00001.parquet": parquet(rows),
         "data/validation-00000-of-00001.parquet": parquet(rows[:1]),
     }, "dataset")  # fmt: skip
@@ -63,17 +64,11 @@ def test_pairs_come_from_the_hub(hub, tmp_path):
     assert json.loads(python(code, hub.environment(tmp_path / "own", hub.login("org")), "org/jsonl", "")) == wanted
 
 
-def test_models_come_from_the_hub(hub, tmp_path, tiny_policy):
-    hub.add("org/policy", tiny_policy)
-    code = (
-        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "AutoModelForCausalLM.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])\n"
-        "print(AutoTokenizer.from_pretrained(sys.argv[1])('CCO').input_ids)"
-    )
-    shown = python(code, hub.environment(tmp_path / "home"), "org/policy", tmp_path / "copy")
-    assert json.loads(shown.splitlines()[-1])  # token ids
-    copy = (tmp_path / "copy" / "model.safetensors").read_bytes()
-    assert copy == (tiny_policy / "model.safetensors").read_bytes()
+def test_a_models_commit_is_part_of_its_identity(hub, tmp_path):
+    code = "from lmolt.reference import weights_identity; print(weights_identity('org/base', 'config.json'))"
+    for content in (b"{}", b'{"hidden_size": 64}'):
+        commit = hub.add("org/base", {"config.json": content})
+        assert python(code, hub.environment(tmp_path / "home")) == f"org/base@{commit}\n"
 
 
 # --- uploading
@@ -83,8 +78,8 @@ def test_models_come_from_the_hub(hub, tmp_path, tiny_policy):
 def train(hub, tmp_path, tiny_policy, few_triples):
     """Runs a short training of org/base that uploads; (code, stdout, stderr). Nothing it leaves holds the token."""
     write_triples(few_triples[:8], tmp_path / "triples.jsonl")
-    card = {"README.md": b"---\nlicense: llama2\n---\n# base\n"}
-    hub.add("org/base", {file.name: file.read_bytes() for file in tiny_policy.iterdir()} | card)
+    readme = {"README.md": b"---\nlicense: llama2\n---\n# base\n"}
+    hub.add("org/base", {file.name: file.read_bytes() for file in tiny_policy.iterdir()} | readme)
 
     def run(token: str, *arguments):
         command = [sys.executable, ROOT / "scripts" / "train_pref.py", "--model", "org/base", "--loss", "cpo"]
@@ -115,19 +110,21 @@ def test_a_finished_adapter_is_uploaded_and_its_cards_python_runs(hub, tmp_path,
 
     token = hub.login("alice")
     hub.cut("PUT /lfs/", after=1000, times=1)  # once, which huggingface_hub mends by itself
-    code, out, err = train(token, "--hub_private_repo", "true", "--hub_revision", "v1")
+    revision = next(iter(hub.repositories["model", "org/base"].commits))
+    code, out, err = train(token, "--hub_private_repo", "true", "--hub_revision", "v1", "--revision", revision)
     assert code == 0, err
     assert "uploaded http" in out and len([line for line in hub.requests if "/commit/" in line]) == 1
     assert hub.repositories["model", "alice/cpo"].private and list(hub.files("alice/cpo")) == [".gitattributes"]
     files = hub.files("alice/cpo", revision="v1")
     kept = {file.name: file.read_bytes() for file in (tmp_path / "cpo").iterdir() if file.is_file()}
     assert files == kept | {".gitattributes": b""}
-    card = files["README.md"].decode()
-    metadata = yaml.safe_load(card.split("---\n")[1])
+    text = files["README.md"].decode()
+    metadata = yaml.safe_load(text.split("---\n")[1])
     assert metadata["base_model"] == ["org/base"] and metadata["license"] == "llama2"
-    assert "co2_eq_emissions" not in metadata and str(tmp_path) not in card
+    assert json.loads(files["adapter_config.json"])["revision"] == revision and f"revision `{revision}`" in text
+    assert "co2_eq_emissions" not in metadata and str(tmp_path) not in text
     hub.add("alice/cpo", files, private=True)
-    shown = python(card.split("```python\n")[1].split("```")[0], hub.environment(tmp_path / "other", token))
+    shown = python(text.split("```python\n")[1].split("```")[0], hub.environment(tmp_path / "other", token))
     model, tokenizer = load_translator(str(tiny_policy), str(tmp_path / "cpo"), dtype="float32")
     expected = translate(model, tokenizer, [build_prompt("mol2cap", "CCO")], max_new_tokens=20)[0].rstrip("\ufffd")
     assert expected and expected in shown  # its beginning: near-ties of a barely trained model are rounding's to decide
@@ -180,16 +177,16 @@ def test_a_merged_model_is_uploaded_and_its_cards_python_runs(hub, tmp_path, tin
     subprocess.run(command, env=hub.environment(tmp_path / "home", token), check=True, capture_output=True)
     files = hub.files("alice/merged")
     assert files.keys() >= {"config.json", "tokenizer.json", "model.safetensors", "merge.json", "README.md"}
-    metadata = yaml.safe_load((card := files["README.md"].decode()).split("---\n")[1])
+    metadata = yaml.safe_load((text := files["README.md"].decode()).split("---\n")[1])
     assert metadata["base_model"] == ["org/a", "org/b"] and metadata["base_model_relation"] == "merge"
     assert metadata["license"] == "apache-2.0"
-    assert python(card.split("```python\n")[1].split("```")[0], hub.environment(tmp_path / "other"))
+    assert python(text.split("```python\n")[1].split("```")[0], hub.environment(tmp_path / "other"))
     assert token not in out + err and not any(token.encode() in data for data in files.values())
 
 
 def test_metrics_come_onto_the_card(hub, tmp_path, few_triples):
-    token, card = hub.login("alice"), b"---\nlicense: mit\n---\n\n# cpo\n"
-    hub.add("alice/cpo", {"README.md": card})
+    token = hub.login("alice")
+    hub.add("alice/cpo", {"README.md": b"---\nlicense: mit\n---\n\n# cpo\n"})
     options = [
         "--no_fcd",
         "--n_bootstrap",
@@ -268,3 +265,49 @@ def test_what_goes_wrong_is_said_without_the_token(hub, tmp_path, token, calls):
         assert re.search(fill(pattern), line)
     assert token is None or token not in shown
     assert list(hub.files("alice/there")) == ["README.md"]
+
+
+def test_a_hub_whose_storage_of_large_files_is_away(hub, tmp_path):
+    """Xet, on by default: the pipeline of huggingface_hub is another one there."""
+    hub.add("alice/there", {})
+    (tmp_path / "adapter_model.safetensors").write_bytes(bytes(5000))
+    environment = hub.environment(tmp_path / "home", hub.login("alice"))
+    del environment["HF_HUB_DISABLE_XET"]
+    shown = python(CALLS, environment, f"hub.push('{tmp_path}', 'alice/there')")
+    assert "its upload to alice/there failed (" in shown and "Upload it later with   hf upload alice/there" in shown
+
+
+# --- the card
+
+
+def test_energy_and_emissions_stand_on_the_card_where_they_were_measured(tmp_path):
+    state, efficiency = {"log_history": [], "best_global_step": None}, {"gpu_energy_joules": None}
+    assert card.measured(state, efficiency, card.read_emissions(tmp_path / "emissions.csv")) == {}
+    header, row = "emissions,energy_consumed,country_name,cpu_model,gpu_model\n", "0.0125,0.05,France,EPYC,2 x H100\n"
+    (tmp_path / "emissions.csv").write_text(header + row + row)
+    emissions = card.read_emissions(tmp_path / "emissions.csv")
+    assert emissions == {
+        "emissions": 25.0,
+        "source": "CodeCarbon",
+        "training_type": "fine-tuning",
+        "geographical_location": "France",
+        "hardware_used": "2 x H100",
+    }
+    efficiency["gpu_energy_joules"] = 7.2e6
+    held_out = {"step": 2, "eval_loss": 1.5, "eval_runtime": 9, "eval_mol2cap/nll": 2.0, "eval_rewards/margins": 1}
+    state["log_history"] = [{"step": 1, "loss": 3.0}, held_out]
+    assert card.measured(state, efficiency, emissions) == {
+        "held-out, step 2": "loss 1.5, mol2cap/nll 2",
+        "energy": "2 kWh of the first process's GPU (NVML)",
+        "emissions": "25 g CO2-eq (CodeCarbon)",
+    }
+
+
+def test_a_card_names_no_folder_as_base_model_and_tells_what_a_merged_base_is_of(tmp_path):
+    of_both = card.front_matter(["lora"], [str(tmp_path), "org/base"])
+    assert of_both == "---\ntags:\n- lora\nbase_model:\n- org/base\n---\n"
+    assert card.front_matter(["lora"], [str(tmp_path)]) == "---\ntags:\n- lora\n---\n"
+    arguments = {"method": "slerp", "models": ["org/a", "b"], "base": None, "adapter": None, "weights": [0.95, 0.05]}
+    assert card.described_merge(tmp_path) == ""
+    (tmp_path / "merge.json").write_text(json.dumps({"arguments": arguments}))
+    assert card.described_merge(tmp_path) == ", made by slerp of `org/a`, `b` with weights [0.95, 0.05]"

@@ -79,6 +79,8 @@ def script():
         (["--triples", "missing.parquet"], "missing.parquet: no such file"),
         (["--model", "./nowhere"], "'./nowhere' doesn't exist"),
         (["--model", "{empty}"], "holds no config.json"),
+        (["--hub_strategy", "every_save"], "--hub_strategy is 'every_save'; use one of end"),
+        (["--hub_token", "hf_secret"], "^--hub_token would show in the shell's history; use `hf auth login`"),
         (["--max_length", "60"], "over --max_length 60; raise it, or drop"),
         (["--tokens_per_batch", "20"], "over --tokens_per_batch 20; raise it"),
         (["--recipe", "{recipe}"], "unknown key 'learning_rat'; did you mean 'learning_rate'"),
