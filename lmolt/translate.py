@@ -10,9 +10,7 @@ keys and values are computed once per call:
 Rows that have ended leave the batch. A journal keeps each finished row on disk, so a killed run translates none twice.
 """
 
-import copy
 import hashlib
-import itertools
 import json
 import os
 import random
@@ -26,9 +24,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
+from lmolt.decoding import beam_search, decode, end_ids, read_prefix
 from lmolt.models import check_model_folder, load_base, load_tokenizer
 from lmolt.prompts import build_prompt, encode_prompt
 
@@ -118,6 +116,7 @@ def translate(
     tokens_per_batch: int = 16384,
     num_beams: int = 1,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     seed: int = 0,
     too_long: str = "error",
     journal: str | Path | None = None,
@@ -125,8 +124,9 @@ def translate(
 ) -> list[str]:
     """The model's output for each prompt, in their order, on every process; special tokens and outer blanks removed.
 
-    Greedy; or beam search with `num_beams`; or, with `temperature` > 0, sampled: repeat a prompt to draw several
-    candidates for it, each of its own random stream, the same in any batch. Equal prompts are else translated once.
+    Greedy; or beam search with `num_beams`; or, with `temperature` > 0, sampled from the most probable tokens that make
+    up `top_p`: repeat a prompt to draw several candidates for it, each from its own random stream, the same in any
+    batch and after any interruption. Equal prompts are else translated once.
     `tokens_per_batch` bounds rows x (longest prompt + `max_new_tokens`). A prompt that with `max_new_tokens` exceeds
     the model's positions is an error, or with `too_long="empty"` gives an empty output, counted aloud: none is cut.
     `journal` is a folder; rows in it that were made by this model with these settings are taken from it. It is the
@@ -134,9 +134,11 @@ def translate(
     """
     if num_beams > 1 and temperature > 0:
         raise ValueError(f"num_beams {num_beams} and temperature {temperature} exclude each other")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is over 0 and at most 1, got {top_p}")
     state = process_state()
     say = tqdm.write if state.is_main_process else lambda _: None
-    settings = (_identity(model), _end_ids(model, tokenizer), max_new_tokens, num_beams, temperature, seed)
+    settings = (identity(model), end_ids(model, tokenizer), max_new_tokens, num_beams, temperature, top_p, seed)
 
     # --- the rows to translate: key -> token ids
     keys, rows, seen = [], {}, Counter()
@@ -174,14 +176,15 @@ def translate(
         desc=progress + shared, total=sum(map(len, mine)), unit="row", disable=not progress or not state.is_main_process
     )
     with torch.inference_mode(), bar, _Journal(journal, state.process_index) as record:
-        cache = _prefix_cache(model, prefix) if mine and prefix else None
+        cache = read_prefix(model, prefix) if mine and prefix else None
         for batch in mine:
             ids = [rows[key][len(prefix) :] for key in batch]
             if num_beams > 1:
-                generated = _beam_search(model, tokenizer, ids, max_new_tokens, num_beams)
+                generated = beam_search(model, tokenizer, ids, max_new_tokens, num_beams)
             else:
                 streams = [random.Random(f"{seed} {key}") for key in batch]
-                generated = _decode(model, tokenizer, ids, cache, len(prefix), max_new_tokens, temperature, streams)
+                sampling = (temperature, top_p, streams)
+                generated = decode(model, tokenizer, ids, cache, len(prefix), max_new_tokens, *sampling)
             texts = tokenizer.batch_decode(generated, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             finished = {key: text.strip() for key, text in zip(batch, texts, strict=True)}
             record(finished)
@@ -220,146 +223,10 @@ def _batches(lengths: dict[str, int], max_new_tokens: int, tokens_per_batch: int
     return batches
 
 
-# --- decoding
-
-
-def _end_ids(model, tokenizer) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-    return sorted(ends - {None})
-
-
-def _pad(rows: list[list[int]], left: bool, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both (B, T). Padding is masked, so any id does."""
-    width = max(map(len, rows))
-    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        at = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, at], mask[i, at] = torch.tensor(row), 1
-    return ids.to(device), mask.to(device)
-
-
-class _RoomyLayer(DynamicLayer):
-    """Keys and values (B, heads, T, d) with room behind them: a step writes its own and does not copy the others.
-
-    `DynamicLayer` concatenates at each step, which for rows behind a long shared instruction is most of the time.
-    """
-
-    ROOM = 64  # tokens
-    room: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        # rows that were repeated or selected are new tensors, of another number of rows
-        if self.room is None or len(self.room[0]) != len(key_states) or self.room[0].shape[-2] < end:
-            self.room = tuple(
-                new.new_empty(*new.shape[:-2], end + self.ROOM, new.shape[-1]) for new in (key_states, value_states)
-            )
-            if start:
-                self.room[0][..., :start, :], self.room[1][..., :start, :] = self.keys, self.values
-        self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
-        self.room[0][..., start:end, :], self.room[1][..., start:end, :] = key_states, value_states
-        self.keys, self.values = (buffer[..., :end, :] for buffer in self.room)
-        return self.keys, self.values
-
-
-def _empty_cache(model) -> DynamicCache:
-    cache = DynamicCache(config=model.config)
-    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-def _prefix_cache(model, prefix: list[int]) -> DynamicCache:
-    """Keys and values (1, heads, P, d) of each layer for the tokens that all prompts share."""
-    ids = torch.tensor([prefix], device=model.device)
-    return model(input_ids=ids, past_key_values=_empty_cache(model), use_cache=True, logits_to_keep=1).past_key_values
-
-
-def _decode(
-    model, tokenizer, rows, prefix_cache, prefix_length, max_new_tokens, temperature, streams
-) -> list[list[int]]:
-    """Token ids that follow each row, up to its end or `max_new_tokens`; finished rows leave the batch."""
-    seq2seq, device, ends = model.config.is_encoder_decoder, model.device, set(_end_ids(model, tokenizer))
-    ids, mask = _pad(rows, left=not seq2seq, device=device)  # (B, T)
-    cache = copy.deepcopy(prefix_cache)
-    if seq2seq:
-        encoded = model.get_encoder()(input_ids=ids, attention_mask=mask)
-        ids = torch.full((len(rows), 1), model.config.decoder_start_token_id, device=device)
-    elif cache is None:
-        cache = _empty_cache(model)
-    else:
-        cache.batch_repeat_interleave(len(rows))
-        mask = torch.cat([mask.new_ones(len(rows), prefix_length), mask], dim=1)  # (B, P + T)
-    outputs, live, ended = [[] for _ in rows], list(range(len(rows))), set()
-    for _ in range(max_new_tokens):
-        if seq2seq:
-            out = model(
-                encoder_outputs=encoded,
-                attention_mask=mask,
-                decoder_input_ids=ids,
-                past_key_values=cache,
-                use_cache=True,
-            )
-        else:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            out = model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        logits, cache = out.logits[:, -1].float(), out.past_key_values  # (B, V)
-        if temperature > 0:
-            draws = torch.tensor([streams[row].random() for row in live], device=device).unsqueeze(1)
-            cumulated = (logits / temperature).softmax(-1).cumsum(-1)
-            ids = (cumulated < draws * cumulated[:, -1:]).sum(1, keepdim=True).clamp(max=logits.shape[1] - 1)
-        else:
-            ids = logits.argmax(-1, keepdim=True)
-        for row, token in zip(live, ids[:, 0].tolist(), strict=True):
-            if row not in ended:
-                if token in ends:
-                    ended.add(row)
-                else:
-                    outputs[row].append(token)
-        going = [i for i, row in enumerate(live) if row not in ended]
-        if not going:
-            break
-        if len(going) <= 0.75 * len(live):  # a copy of the cache: worth it for a quarter of the rows, not for one
-            live = [live[i] for i in going]
-            kept = torch.tensor(going, device=device)
-            cache.batch_select_indices(kept)
-            ids, mask = ids[kept], mask[kept]
-            if seq2seq:
-                encoded.last_hidden_state = encoded.last_hidden_state[kept]
-        if not seq2seq:
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return outputs
-
-
-def _beam_search(model, tokenizer, rows, max_new_tokens, num_beams) -> list[list[int]]:
-    seq2seq = model.config.is_encoder_decoder
-    ids, mask = _pad(rows, left=not seq2seq, device=model.device)
-    pad, ends = tokenizer.pad_token_id or 0, _end_ids(model, tokenizer)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        do_sample=False,
-        eos_token_id=ends or None,
-        pad_token_id=pad,
-        decoder_start_token_id=model.config.decoder_start_token_id if seq2seq else None,
-    )
-    generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    generated = generated[:, 1 if seq2seq else ids.shape[1] :].tolist()
-    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in generated]
-
-
 # --- what is kept
 
 
-def _identity(model) -> str:
+def identity(model) -> str:
     """A hash of the model's settings and of sixteen values of each of its parameters: other weights, other hash."""
     digest = hashlib.sha256(repr(sorted(model.config.to_diff_dict().items(), key=lambda item: item[0])).encode())
     for name, parameter in model.named_parameters():

@@ -1,16 +1,20 @@
 """Make preference triples: pairs as the preferred outputs, a translator's outputs as the dis-preferred ones.
 
     python scripts/make_triples.py --pairs demo --output runs/triples.parquet
-    accelerate launch scripts/make_triples.py --pairs pairs.csv --mol2cap_model M --cap2mol_model C --output t.parquet
+    accelerate launch scripts/make_triples.py --pairs lpm24 --exclude lpm24 --output runs/lpm24.parquet \\
+        --mol2cap_model language-plus-molecules/molt5-large-smiles2caption-LPM24 \\
+        --cap2mol_model language-plus-molecules/molt5-large-caption2smiles-LPM24
     python scripts/make_triples.py --pairs pairs.csv --fraction 1 --directions mol2cap --mol2cap_outputs captions.txt \\
         --output triples.jsonl
 
-Pairs: demo, a .csv/.tsv/.jsonl/.parquet file with molecule and caption, or a Hub data set. A --fraction of them is
-taken by --seed and split half and half between the directions, so that no pair is in both (--same_pairs: all in both).
+Pairs: demo, lpm24 (L+M-24) or chebi20 from the Hub, a .csv/.tsv/.jsonl/.parquet file with molecule and caption, a
+folder of ChEBI-20's files, or another Hub data set. A --fraction of them is taken by --seed and split half and half
+between the directions, so that no pair is in both (--same_pairs: all in both).
 Models: causal or sequence-to-sequence, a folder or a Hub id; with --pairs demo they default to the demo's. Outputs that
 exist: a .txt with one a line for each pair of --pairs (and --split), or a table with `id` and `prediction` or `output`.
-An output that is empty, or equal to the preferred one, makes no triple and is counted. Writes the triples and, beside
-them, a summary (.json). What a killed run has translated stays in OUTPUT.journal: the same command goes on from it.
+An output that is empty, or equal to the preferred one, makes no triple; of several candidates (a table's rows of one
+id, or --num_candidates) the hardest does, the wrong one closest to the preferred. Writes the triples and, beside them,
+a summary (.json, .png). What a killed run has translated stays in OUTPUT.journal: the same command goes on from it.
 """
 
 import sys
@@ -28,13 +32,11 @@ import shutil
 from collections import Counter
 from datetime import UTC, datetime
 from importlib.metadata import version
-from statistics import mean, median
 
 from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP
 
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # as accelerate launch numbers them; it alone prints and writes
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "rdkit")
-COLUMNS = {MOL2CAP: ("molecule", "caption"), CAP2MOL: ("caption", "molecule")}  # source, preferred output
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -63,7 +65,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         group.add_argument(f"--{direction}_outputs", type=Path, help="file of outputs that exist")
     parser.add_argument("--max_new_tokens", type=int, default=250, help="default: the paper's 250")
     parser.add_argument("--num_beams", type=int, default=1, help="default: greedy")
-    parser.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature (0: don't)")
+    parser.add_argument("--num_candidates", type=int, default=1, help="sample so many, take the hardest negative")
+    parser.add_argument("--temperature", type=float, help="of sampling (default: 1 with --num_candidates, else greedy)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that make up this")
     parser.add_argument("--tokens_per_batch", type=int, default=16384, help="prompts and outputs together")
     parser.add_argument("--prompt", choices=("auto", "paper", "bare"), default="auto", help="auto: bare for seq2seq")
     parser.add_argument(
@@ -81,46 +85,26 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"give --{direction}_model or --{direction}_outputs, or choose other --directions")
     if args.output.suffix not in (".parquet", ".jsonl"):
         parser.error(f"--output {args.output}: triples are .parquet or .jsonl")
-    return args
-
-
-def attach_outputs(pairs: list[dict], path: Path, direction: str) -> None:
-    """Set `pair[direction]` to the pair's output in `path`, None where a table has none for its id."""
-    from lmolt.pairs import read_table, read_text
-
-    if path.suffix == ".txt":
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file of outputs")
-        lines = read_text(path).split("\n")
-        lines = lines[:-1] if lines[-1] == "" else lines
-        if len(lines) != len(pairs):
-            raise ValueError(f"{path} has {len(lines)} lines for {len(pairs)} pairs; one output a line, in their order")
-        for pair, line in zip(pairs, lines, strict=True):
-            pair[direction] = line
-        return
-    rows = [row for row in read_table(path) if row.get("direction", direction) == direction]
-    column = next((name for name in ("prediction", "output") if rows and name in rows[0]), None)
-    if column is None or "id" not in rows[0]:
-        found = ", ".join(rows[0]) if rows else f"no {direction} row"
-        raise ValueError(f"{path}: needs columns id and prediction (or output), found {found}")
-    outputs = {str(row["id"]): row[column] or "" for row in rows}
-    if not any(pair["id"] in outputs for pair in pairs):
-        raise ValueError(
-            f"{path}: none of its ids (such as {rows[0]['id']!r}) is a pair's (such as {pairs[0]['id']!r})"
+    if args.temperature is None:
+        args.temperature = 1.0 if args.num_candidates > 1 else 0.0
+    if args.num_candidates < 1 or (args.num_candidates > 1 and not args.temperature):
+        parser.error(
+            f"--num_candidates {args.num_candidates} at --temperature {args.temperature}: candidates are sampled"
         )
-    for pair in pairs:
-        pair[direction] = outputs.get(pair["id"])
+    return args
 
 
 def pairs_by_direction(args: argparse.Namespace, counts: Counter) -> dict[str, list[dict]]:
     """Clean, sampled pairs for each direction; those with outputs that exist have them under the direction's name."""
     from lmolt.hygiene import screen
+    from lmolt.negatives import read_outputs
     from lmolt.pairs import clean, read_pairs, sample
 
     pairs = read_pairs(args.pairs, args.split, counts, default_split="train", invalid=args.invalid_pairs)
     for direction in args.directions:
         if path := getattr(args, f"{direction}_outputs"):
-            attach_outputs(pairs, path, direction)
+            for pair, outputs in zip(pairs, read_outputs(path, direction, pairs), strict=True):
+                pair[direction] = outputs
     sampled = sample(pairs, args.fraction, args.seed)
     cleaned, changes = clean(sampled, canonicalise=args.canonicalise, invalid=args.invalid_pairs, where=args.pairs)
     excluded = []
@@ -142,6 +126,7 @@ def pairs_by_direction(args: argparse.Namespace, counts: Counter) -> dict[str, l
 
 def fitting_prompts(args: argparse.Namespace, direction: str, pairs: list[dict], counts: Counter):
     """Pairs whose prompt fits the direction's model, and the prompts; read from its folder before it is loaded."""
+    from lmolt.negatives import COLUMNS
     from lmolt.translate import load_config, over_limit, prompts_for, refuse_over_limit
 
     config, tokenizer = load_config(getattr(args, f"{direction}_model"), args.trust_remote_code)
@@ -155,58 +140,20 @@ def fitting_prompts(args: argparse.Namespace, direction: str, pairs: list[dict],
     return [pairs[i] for i in fit], [prompts[i] for i in fit]
 
 
-def triples_of(direction: str, pairs: list[dict], outputs: list[str | None], drop_invalid: bool, counts: Counter):
-    """Triples of one direction; what makes none is counted by cause."""
-    from rdkit import Chem, rdBase
+def summary(args: argparse.Namespace, pairs: dict, models: dict, counts: Counter, described: dict) -> dict:
+    """What the file of triples is made of and from."""
+    from lmolt.predictions import digest
 
-    source, target = COLUMNS[direction]
-    triples = []
-    with rdBase.BlockLogs():
-        for pair, output in zip(pairs, outputs, strict=True):
-            chosen, rejected = pair[target], (output or "").strip()
-            if not rejected:
-                counts[f"{direction}: {'no output' if output is None else 'empty output'}"] += 1
-                continue
-            if direction == CAP2MOL:
-                molecule = Chem.MolFromSmiles(rejected)
-                same = molecule and Chem.MolToSmiles(molecule) == Chem.CanonSmiles(chosen)
-                if molecule is None:
-                    counts[f"{direction}: invalid SMILES {'dropped' if drop_invalid else 'kept'}"] += 1
-                    if drop_invalid:
-                        continue
-            else:
-                same = rejected.lower().split() == chosen.lower().split()
-            if same:
-                counts[f"{direction}: output equal to the preferred one"] += 1
-                continue
-            row = {"id": pair["id"], "direction": direction, "source": pair[source]}
-            triples.append(row | {"chosen": chosen, "rejected": rejected})
-    counts[f"{direction}: triples"] = len(triples)
-    return triples
-
-
-def lengths(texts: list[str]) -> dict:
-    """In characters."""
-    sizes = list(map(len, texts))
-    return {"mean": mean(sizes), "median": median(sizes), "max": max(sizes)} if sizes else {}
-
-
-def summary(args: argparse.Namespace, triples: list[dict], counts: Counter) -> dict:
-    """What the file of triples is made of and from; lengths in characters."""
-    files = [args.output, Path(args.pairs), args.mol2cap_outputs, args.cap2mol_outputs]
-    digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
-    per_direction = {}
-    for direction in args.directions:
-        mine = [triple for triple in triples if triple["direction"] == direction]
-        per_direction[direction] = {key: lengths([t[key] for t in mine]) for key in ("source", "chosen", "rejected")}
-        if direction == CAP2MOL and mine and not args.drop_invalid:
-            invalid = counts[f"{CAP2MOL}: invalid SMILES kept"]
-            per_direction[direction]["validity of rejected"] = 1 - invalid / len(mine)
+    used = digest([pair for mine in pairs.values() for pair in mine], ("id", "molecule", "caption"))
+    files = [args.output, Path(args.pairs), args.mol2cap_outputs, args.cap2mol_outputs, *map(Path, args.exclude)]
+    sha256 = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "counts": dict(sorted(counts.items())),
-        "characters": per_direction,
-        "sha256": {path.name: digest(path) for path in files if path is not None and path.is_file()},
+        "directions": described,
+        "sha256": {path.name: sha256(path) for path in files if path is not None and path.is_file()},
+        "pairs_sha256": used,
+        "models": models,
         "versions": {name: version(name) for name in PACKAGES},
         "arguments": {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()},
     }
@@ -215,6 +162,8 @@ def summary(args: argparse.Namespace, triples: list[dict], counts: Counter) -> d
 def main() -> None:
     args = parse_arguments()
     say = print if FIRST_PROCESS else lambda *_: None
+    from lmolt.negatives import describe, figure, table, triples_of
+    from lmolt.triples import write_triples
 
     # --- pairs
     counts = Counter()
@@ -230,30 +179,37 @@ def main() -> None:
             pairs[direction], prompts[direction] = fitting_prompts(args, direction, pairs[direction], counts)
 
     # --- outputs -> triples
-    triples, journal = [], args.output.with_name(args.output.name + ".journal")
+    triples, similarities, described, models = [], {}, {}, {}
+    journal = args.output.with_name(args.output.name + ".journal")
     for direction in args.directions:
         if direction in prompts:
-            outputs = translations(args, direction, prompts[direction], journal)
+            outputs, models[direction] = translations(args, direction, prompts[direction], journal)
         else:
             outputs = [pair[direction] for pair in pairs[direction]]
-        triples += triples_of(direction, pairs[direction], outputs, args.drop_invalid, counts)
+        made, close = triples_of(direction, pairs[direction], outputs, args.drop_invalid, counts)
+        similarities[direction], described[direction] = close, describe(direction, made, close)
+        triples += made
     if not triples:
         raise ValueError(f"no pair makes a triple: {dict(counts)}")
 
     # --- write; the others end without waiting, their translations being gathered
     if not FIRST_PROCESS:
         return
-    from lmolt.triples import write_triples
-
     write_triples(triples, args.output)
-    report = args.output.with_suffix(".json")
-    partial = report.with_name(f".{report.name}.partial")
-    partial.write_text(json.dumps(summary(args, triples, counts), indent=1, ensure_ascii=False))
-    partial.replace(report)
+    write_whole(args.output.with_suffix(".png"), figure(triples, similarities))
+    record = summary(args, pairs, models, counts, described)
+    write_whole(args.output.with_suffix(".json"), json.dumps(record, indent=1, ensure_ascii=False).encode())
     shutil.rmtree(journal, ignore_errors=True)
     for cause, n in sorted(counts.items()):
         print(f"  {n:7,} {cause}")
-    print(f"wrote {args.output}: {len(triples)} triples, and {report}")
+    print(table(described))
+    print(f"wrote {args.output}: {len(triples)} triples; beside it a summary (.json) and its figure (.png)")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def use_demo(args: argparse.Namespace) -> None:
@@ -271,23 +227,26 @@ def use_demo(args: argparse.Namespace) -> None:
         setattr(args, f"{direction}_model", str(ROOT / "runs" / "demo" / "models" / f"t5_{direction}"))
 
 
-def translations(args: argparse.Namespace, direction: str, prompts: list[str], journal: Path) -> list[str]:
-    from lmolt.translate import load_translator, translate
+def translations(args: argparse.Namespace, direction: str, prompts: list[str], journal: Path):
+    """Each prompt's outputs, one or --num_candidates, and what made them."""
+    from lmolt.translate import identity, load_translator, translate
 
-    name = getattr(args, f"{direction}_model")
+    name, n = getattr(args, f"{direction}_model"), args.num_candidates
     model, tokenizer = load_translator(name, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
-    return translate(
+    outputs = translate(
         model,
         tokenizer,
-        prompts,
+        [prompt for prompt in prompts for _ in range(n)],
         max_new_tokens=args.max_new_tokens,
         tokens_per_batch=args.tokens_per_batch,
         num_beams=args.num_beams,
         temperature=args.temperature,
+        top_p=args.top_p,
         seed=args.seed,
         journal=journal / direction,
         progress=f"{direction} with {name}",
     )
+    return [outputs[i : i + n] for i in range(0, len(outputs), n)], {"name": name, "weights": identity(model)}
 
 
 if __name__ == "__main__":

@@ -68,9 +68,11 @@ def test_outputs_that_exist(pairs, tmp_path):
         "pairs used": 20,
         "mol2cap: output equal to the preferred one": 3,
         "mol2cap: empty output": 1,
+        "mol2cap: pairs without a wrong output": 4,
         "mol2cap: triples": 16,
         "cap2mol: invalid SMILES kept": 4,
         "cap2mol: no output": 1,
+        "cap2mol: pairs without a wrong output": 1,
         "cap2mol: triples": 19,
     }
     assert triples[0] == {
@@ -81,8 +83,43 @@ def test_outputs_that_exist(pairs, tmp_path):
         "rejected": "Wrong 4.",
     }
     assert summary["sha256"]["pairs.csv"] == hashlib.sha256(pairs.read_bytes()).hexdigest()
-    assert summary["characters"]["cap2mol"]["validity of rejected"] == pytest.approx(15 / 19)
+    assert summary["directions"]["cap2mol"]["validity of rejected"] == pytest.approx(15 / 19)
     assert summary["arguments"]["fraction"] == 1.0 and summary["versions"]["rdkit"]
+
+
+def test_leakage_and_several_candidates_of_a_file(pairs, tmp_path):
+    """Amines are tested on; of four candidates for each alcohol the closest wrong molecule is taken."""
+    test = [{"molecule": smiles[::-1], "caption": "An amine."} for smiles in MOLECULES if smiles.endswith("N")]
+    write_table(test, tmp_path / "test.csv")
+    write_table([*PAIRS, PAIRS[0] | {"id": "again"}, {"id": "none", "molecule": "C", "caption": " "}], pairs)
+    outputs = [
+        {"id": pair["id"], "prediction": output}
+        for pair in PAIRS
+        for output in ("C1CC", "c1ccccc1", "C" + pair["molecule"], pair["molecule"])
+    ]
+    write_table(outputs, tmp_path / "outputs.parquet")
+    arguments = ("--pairs", pairs, "--directions", "cap2mol", "--cap2mol_outputs", tmp_path / "outputs.parquet")
+    arguments += ("--fraction", 1, "--invalid_pairs", "drop", "--deduplicate", "--exclude", tmp_path / "test.csv")
+    done = run(*arguments, "--output", tmp_path / "t.jsonl")
+    assert done.returncode == 0, done.stderr
+    triples, summary = read_triples(tmp_path / "t.jsonl"), json.loads((tmp_path / "t.json").read_text())
+    assert [(t["chosen"], t["rejected"]) for t in triples] == [
+        (smiles, "C" + smiles) for smiles in MOLECULES if not smiles.endswith("N")
+    ]
+    assert summary["counts"] == {
+        "pairs read": 21,
+        "empty caption dropped": 1,
+        "pairs sampled": 21,
+        "pairs excluded": 5,
+        "molecule of an excluded pair dropped": 5,
+        "duplicate molecule dropped": 1,
+        "pairs used": 15,
+        "cap2mol: output equal to the preferred one": 15,
+        "cap2mol: triples": 15,
+    }
+    assert "molecule of an excluded pair dropped" in done.stdout and "Morgan Tanimoto" in done.stdout
+    assert summary["directions"]["cap2mol"]["validity of rejected"] == 1
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_directions_share_no_pair_and_the_seed_decides(pairs, tmp_path):
@@ -107,7 +144,8 @@ def test_models_a_kill_and_two_processes(pairs, tmp_path, tiny_policy):
     t5 = make_t5(tiny_policy, tmp_path / "t5")
     write_table([*PAIRS, {"id": "long", "molecule": "CN" * 600, "caption": "Long."}], pairs)
     models = ("--mol2cap_model", tiny_policy, "--cap2mol_model", t5, "--max_new_tokens", 24, "--tokens_per_batch", 200)
-    arguments = ("--pairs", pairs, "--fraction", 1, "--same_pairs", "--too_long", "drop", *models, "--output")
+    sampled = ("--num_candidates", 2, "--temperature", 1.5, "--top_p", 0.95)
+    arguments = ("--pairs", pairs, "--fraction", 1, "--same_pairs", "--too_long", "drop", *models, *sampled, "--output")
 
     # killed as soon as something is in the journal; what is there is not made again
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -119,10 +157,10 @@ def test_models_a_kill_and_two_processes(pairs, tmp_path, tiny_policy):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     before = rows()
-    assert 0 < len(before) < 41 and not (tmp_path / "killed.jsonl").exists()
+    assert 0 < len(before) < 82 and not (tmp_path / "killed.jsonl").exists()
     done = run(*arguments, tmp_path / "killed.jsonl")
     assert done.returncode == 0, done.stderr
-    assert sum(map(int, re.findall(r"(\d+) of 2[01] rows are in", done.stdout))) == len(before)
+    assert sum(map(int, re.findall(r"(\d+) of 4[02] rows are in", done.stdout))) == len(before)
     assert not journal.exists()
     triples = read_triples(tmp_path / "killed.jsonl")
     counts = json.loads((tmp_path / "killed.json").read_text())["counts"]
@@ -145,6 +183,10 @@ def test_models_a_kill_and_two_processes(pairs, tmp_path, tiny_policy):
         (
             ["--pairs", "{pairs}", "--output", "t.csv", "--mol2cap_model", "m", "--cap2mol_model", "m"],
             ".parquet or .jsonl",
+        ),
+        (
+            ["--pairs", "demo", "--output", "t.jsonl", "--num_candidates", "4", "--temperature", "0"],
+            "--num_candidates 4 at --temperature 0.0: candidates are sampled",
         ),
         (
             ["--pairs", "no.csv", "--output", "t.jsonl", "--directions", "mol2cap", "--mol2cap_model", "m"],

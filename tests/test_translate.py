@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from lmolt import decoding
 from lmolt import translate as translation
 from lmolt.prompts import MOL2CAP, build_prompt, encode_prompt
 from lmolt.translate import load_translator, over_limit, prompts_for, translate
@@ -89,8 +90,17 @@ def test_samples_depend_on_seed_and_row_but_not_on_the_batch(translator):
     first = draw()
     assert first == draw(tokens_per_batch=1) != draw(seed=1)
     assert first[:4] != first[4:]  # a repeated prompt is another candidate
-    cold = translate(model, tokenizer, prompts[:4], max_new_tokens=8, temperature=1e-4)
-    assert cold == translate(model, tokenizer, prompts[:4], max_new_tokens=8)
+    greedy = translate(model, tokenizer, prompts[:4], max_new_tokens=8)
+    assert translate(model, tokenizer, prompts[:4], max_new_tokens=8, temperature=1e-7) == greedy
+    assert translate(model, tokenizer, prompts[:4], max_new_tokens=8, temperature=2.0, top_p=1e-4) == greedy
+
+
+def test_a_draw_inverts_the_distribution_of_the_most_probable_tokens():
+    logits = torch.tensor([0.1, 0.5, 0.0, 0.4]).log().repeat(5, 1)  # token 2 can't be
+    draws = [0.0, 0.49, 0.51, 0.89, 0.91]
+    assert decoding._draw(logits, 1.0, draws)[:, 0].tolist() == [1, 1, 3, 3, 0]
+    assert decoding._draw(logits, 0.85, draws)[:, 0].tolist() == [1, 1, 1, 3, 3]  # of 0.9, so 5/9 is token 1
+    assert decoding._draw(logits, 0.45, draws)[:, 0].tolist() == [1] * 5
 
 
 def test_what_the_journal_has_is_not_translated_again(translator, tmp_path, monkeypatch):
@@ -102,9 +112,7 @@ def test_what_the_journal_has_is_not_translated_again(translator, tmp_path, monk
     assert len(lines) == len(prompts)
     file.write_bytes(b"".join(lines[:9]) + lines[9][:20])  # a kill in the middle of the tenth row
     decoded = []
-    monkeypatch.setattr(
-        translation, "_decode", lambda m, t, rows, *a: decoded.append(len(rows)) or real(m, t, rows, *a)
-    )
+    monkeypatch.setattr(translation, "decode", lambda m, t, rows, *a: decoded.append(len(rows)) or real(m, t, rows, *a))
     assert translate(model, tokenizer, prompts, max_new_tokens=NEW, tokens_per_batch=150, journal=journal) == expected
     assert sum(decoded) == len(prompts) - 9
     decoded.clear()
@@ -121,15 +129,13 @@ def test_what_the_journal_has_is_not_translated_again(translator, tmp_path, monk
         assert not line or line == lines[9][:20].decode() or set(json.loads(line)) == {"key", "output"}
 
 
-real = translation._decode
+real = translation.decode
 
 
 def test_equal_prompts_are_translated_once(translator, monkeypatch):
     model, tokenizer, prompts = translator
     decoded = []
-    monkeypatch.setattr(
-        translation, "_decode", lambda m, t, rows, *a: decoded.append(len(rows)) or real(m, t, rows, *a)
-    )
+    monkeypatch.setattr(translation, "decode", lambda m, t, rows, *a: decoded.append(len(rows)) or real(m, t, rows, *a))
     out = translate(model, tokenizer, [prompts[0], prompts[1], prompts[0]], max_new_tokens=4)
     assert decoded == [2] and out[0] == out[2]
 
@@ -142,6 +148,8 @@ def test_no_prompt_and_training_mode_kept(translator):
     model.eval()
     with pytest.raises(ValueError, match="exclude each other"):
         translate(model, tokenizer, prompts, num_beams=2, temperature=1.0)
+    with pytest.raises(ValueError, match="top_p is over 0 and at most 1, got 90"):
+        translate(model, tokenizer, prompts, temperature=1.0, top_p=90)
 
 
 def test_a_prompt_over_the_positions_is_never_cut(tiny_policy):
