@@ -93,6 +93,7 @@ class PreferenceArguments(TrainingArguments):
     load_best_model_at_end: bool = True
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False  # a NaN must be seen
+    ddp_find_unused_parameters: bool = False  # each micro-batch uses every LoRA matrix
     report_to: str = "none"
 
     def __post_init__(self):

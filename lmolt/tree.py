@@ -101,7 +101,7 @@ def tree_logps(model, tree: Tree, score_chunk: int = 256) -> torch.Tensor:
 
     `model` may be wrapped (DDP, DeepSpeed, FSDP, PEFT): the pass goes through its own `forward`.
     """
-    config = model.config if hasattr(model, "config") else model.module.config
+    config = getattr(model, "module", model).config  # a DeepSpeed engine's own `config` is another
     mask = tree.attention_mask(getattr(config, "sliding_window", None))
     inputs = {
         "input_ids": tree.input_ids,
