@@ -193,18 +193,13 @@ def our_molecules(references, predictions, cache) -> dict[str, float]:
     from lmolt.metrics import caption, molecule
     from lmolt.metrics.ngrams import characters
 
+    compared = molecule.columns(molecule.compare(references, predictions, cache))
     columns = caption.bleu_columns(characters(references), characters(predictions))
-    features = molecule.describe(references, predictions, cache)
-    valid = np.array([features[p] is not None for p in predictions])
-    exact = molecule.exact_matches(references, predictions, features)
-    similarities = molecule.similarities(references, predictions, features, exact["canonical_match"] > 0)
     return {
         "bleu": caption.bleu_of_sums(np.array([columns[name].sum() for name in caption.BLEU_COLUMNS])),
-        "exact_match": exact["exact_match"].mean(),
         "levenshtein": molecule.levenshtein(references, predictions).mean(),
-        "validity": valid.mean(),
-        "uniqueness": np.nanmean(molecule.uniqueness(predictions, valid)),
-        **{key: np.nanmean(values) for key, values in similarities.items()},
+        "uniqueness": np.nanmean(molecule.uniqueness(predictions, compared["validity"] > 0)),
+        **{key: np.nanmean(compared[key]) for key in ("exact_match", "validity", "maccs", "rdk", "morgan")},
     }
 
 

@@ -33,8 +33,10 @@ def test_official_scores_of_real_molecules(tmp_path):
     assert found["validity"]["ci95"][0] < 0.87 < found["validity"]["ci95"][1]
     assert found["fcd"]["ci95"] is None and "resample" in found["fcd"]["ci95_absent"]
     assert found["fcd_1_1"]["value"] != found["fcd"]["value"]
-    cached, _ = score("cap2mol", *columns, cache_dir=tmp_path, num_workers=1)
-    assert cached == first and len(list(tmp_path.iterdir())) == 3
+    for where in (tmp_path, None):  # kept references, and none kept
+        again, scores = score("cap2mol", *columns, cache_dir=where, num_workers=1)
+        assert again == first and all(np.array_equal(scores[k], per_example[k], equal_nan=True) for k in scores)
+    assert len(list(tmp_path.iterdir())) == 3  # features, and ChemNet under two rules
 
 
 def test_small_set_by_hand():
@@ -55,11 +57,11 @@ def test_small_set_by_hand():
 
 def test_fingerprints_equal_rdkit():
     valid = np.array([True, True, True, False, False, True])
-    features = molecule.describe(REFERENCES, PREDICTIONS)
-    found = molecule.similarities(REFERENCES, PREDICTIONS, features, np.zeros(6, bool))
+    found = molecule.columns(molecule.compare(REFERENCES, PREDICTIONS))
     old_morgan = lambda m: AllChem.GetMorganFingerprint(m, 2)
     kinds = {"maccs": MACCSkeys.GenMACCSKeys, "rdk": Chem.RDKFingerprint, "morgan": old_morgan}
     for key, fingerprint in kinds.items():
+        assert found[key][0] == 1  # one molecule, written in two ways
         for i in np.flatnonzero(valid):
             ours, theirs = (fingerprint(Chem.MolFromSmiles(s[i])) for s in (REFERENCES, PREDICTIONS))
             assert found[key][i] == pytest.approx(DataStructs.TanimotoSimilarity(ours, theirs), abs=1e-12)
@@ -129,7 +131,8 @@ def test_activations_and_distance_equal_fcd(monkeypatch):
 
 def test_pool_equals_one_process():
     smiles = ["C" * n + tail for n in range(1, 70) for tail in ("O", "N", "(", "[Na+].[Cl-]")]
-    assert molecule.describe(smiles, smiles[::-1], None, 2) == molecule.describe(smiles, smiles[::-1], None, 1)
+    one, two = (molecule.columns(molecule.compare(smiles[::4] * 4, smiles, None, workers)) for workers in (1, 2))
+    assert all(np.array_equal(one[key], two[key], equal_nan=True) for key in one)
 
 
 def test_compare_needs_no_sources():

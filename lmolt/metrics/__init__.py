@@ -257,27 +257,18 @@ def _molecules(
     from lmolt.metrics import molecule
     from lmolt.metrics.hallucination import chrf, win
 
-    features = molecule.describe(references, predictions, cache_dir, num_workers)
-    for row, smiles in enumerate(references, 1):
-        if features[smiles] is None:
-            raise ValueError(
-                f"row {row}: the reference {smiles[:100]!r} is not a molecule RDKit can read; references are your "
-                "data, so correct or remove that row"
-            )
-    valid = np.array([features[p] is not None for p in predictions])
+    pairs = molecule.compare(references, predictions, cache_dir, num_workers)
+    compared = molecule.columns(pairs)
+    valid = compared["validity"] > 0
     counts["invalid_prediction"] = int((~valid).sum())
     counts["overlong_prediction"] = sum(len(p) > molecule.MAX_CHARACTERS for p in predictions)
     doubled = {"reference": references, "prediction": predictions}
     counts |= {f"doubled_backslash_{side}": sum("\\\\" in s for s in texts) for side, texts in doubled.items()}
-    exact = molecule.exact_matches(references, predictions, features, num_workers)
-    same = exact["canonical_match"] > 0
     delta = np.array([len(p) - len(r) for r, p in zip(references, predictions, strict=True)], float)
     per_example = {
         **_bleu_of_characters("bleu", references, predictions),
-        **exact,
+        **compared,
         "levenshtein": molecule.levenshtein(references, predictions),
-        "validity": valid.astype(float),
-        **molecule.similarities(references, predictions, features, same),
         "chrf": chrf(references, predictions),
         "delta_len": delta,
         "uniqueness": molecule.uniqueness(predictions, valid),
@@ -286,9 +277,7 @@ def _molecules(
     per_example["win_rate"] = win(per_example["chrf"], delta, valid, chrf_threshold, delta_threshold)
     absent, shuffled = {}, {}
     if valid.sum() > 1 and n_shuffles > 0:
-        environments = molecule.environments(
-            [[features[s] for s, ok in zip(side, valid, strict=True) if ok] for side in (references, predictions)]
-        )
+        environments = molecule.environments([pair for pair in pairs if pair])
         shuffles = grounding.permutations(int(valid.sum()), n_shuffles, seed)
         extra, shuffled = grounding.of_molecules(environments, per_example["morgan"][valid], shuffles)
         per_example["morgan_grounding"] = np.full(len(valid), np.nan)

@@ -7,7 +7,7 @@ for the references (`cache_dir`). Nothing is computed twice for a SMILES, nor at
 import hashlib
 import os
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -34,29 +34,62 @@ def parse(smiles: str) -> Chem.Mol | None:
 
 
 class Features(NamedTuple):
-    """What is compared of one molecule: MACCS and RDK bits packed, Morgan's sparse counts in RDKit's binary form."""
+    """What one molecule is compared by."""
 
     formula: str
-    maccs: bytes | None
-    rdk: bytes | None
-    morgan: bytes
+    maccs: DataStructs.ExplicitBitVect
+    rdk: DataStructs.ExplicitBitVect
+    morgan: DataStructs.ULongSparseIntVect
 
 
-def _features(smiles: str, bits: bool = True) -> Features | None:
-    """None where it is no molecule; without `bits`, nine tenths of the time, neither MACCS nor RDK."""
+class Pair(NamedTuple):
+    """A reference beside a valid prediction: exact matches, Tanimoto similarities, both sides' Morgan fingerprints."""
+
+    exact_match: bool
+    canonical_match: bool
+    canonical_match_no_stereo: bool
+    maccs: float
+    rdk: float
+    morgan: float
+    counts: tuple[DataStructs.ULongSparseIntVect, DataStructs.ULongSparseIntVect]
+
+
+def _features(molecule: Chem.Mol) -> Features:
+    bits = MACCSkeys.GenMACCSKeys(molecule), Chem.RDKFingerprint(molecule)
+    return Features(rdMolDescriptors.CalcMolFormula(molecule), *bits, _MORGAN.GetSparseCountFingerprint(molecule))
+
+
+def _features_of(smiles: str) -> Features | None:
     molecule = parse(smiles)
-    if molecule is None:
-        return None
-    packed = None, None
-    if bits:
-        packed = map(DataStructs.BitVectToBinaryText, (MACCSkeys.GenMACCSKeys(molecule), Chem.RDKFingerprint(molecule)))
-    morgan = _MORGAN.GetSparseCountFingerprint(molecule).ToBinary()
-    return Features(rdMolDescriptors.CalcMolFormula(molecule), *packed, morgan)
+    return molecule and _features(molecule)
 
 
-def _matches(pair: tuple[str, str]) -> tuple[bool, bool, bool]:
-    """Whether two SMILES of one formula agree in InChI, in canonical SMILES, and in that without stereochemistry."""
-    a, b = map(parse, pair)
+def _compare(job: tuple[str, str, Features | None]) -> Pair | str:
+    """One pair, its reference's features given or not; or which side is no molecule: "reference" or "prediction"."""
+    reference, prediction, known = job
+    theirs = None if known else parse(reference)
+    if known is None and theirs is None:
+        return "reference"
+    if prediction == reference:
+        morgan = known.morgan if known else _MORGAN.GetSparseCountFingerprint(theirs)
+        return Pair("*" not in reference, True, True, 1.0, 1.0, 1.0, (morgan, morgan))
+    ours = parse(prediction)
+    if ours is None:
+        return "prediction"
+    formula = known.formula if known else rdMolDescriptors.CalcMolFormula(theirs)
+    matches = False, False, False
+    if formula == rdMolDescriptors.CalcMolFormula(ours):  # no others can agree
+        matches = _matches(theirs or parse(reference), ours)
+    if matches[1]:  # the same molecule: the two slow fingerprints need not be computed to be equal
+        morgan = _MORGAN.GetSparseCountFingerprint(ours)
+        return Pair(*matches, 1.0, 1.0, 1.0, (morgan, morgan))
+    sides = known or _features(theirs), _features(ours)
+    similarities = map(DataStructs.TanimotoSimilarity, *(side[1:] for side in sides))
+    return Pair(*matches, *similarities, tuple(side.morgan for side in sides))
+
+
+def _matches(a: Chem.Mol, b: Chem.Mol) -> tuple[bool, bool, bool]:
+    """Whether two molecules agree in InChI, in canonical SMILES, and in that without stereochemistry."""
     inchi = Chem.MolToInchi(a)
     flat = [Chem.MolToSmiles(m, isomericSmiles=False) for m in (a, b)]
     # A dummy atom has no InChI: the empty strings of two such molecules say nothing about them.
@@ -87,7 +120,8 @@ def in_processes(function, items: list, num_workers: int | None = None) -> list:
     workers = num_workers or len(os.sched_getaffinity(0))
     if workers == 1 or len(items) < _FEW:
         return _quietly(function, items)
-    order = sorted(range(len(items)), key=lambda i: -len(items[i]))
+    size = lambda item: len(item) if isinstance(item, str) else sum(map(len, item[:2]))
+    order = sorted(range(len(items)), key=lambda i: -size(items[i]))
     chunks = [order[start :: 8 * workers] for start in range(8 * workers)]
     futures = [_pool(workers).submit(_quietly, function, [items[i] for i in chunk]) for chunk in chunks]
     results = [None] * len(items)
@@ -103,58 +137,61 @@ def _pool(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=get_context("fork"))
 
 
-def describe(
+def compare(
     references: list[str], predictions: list[str], cache_dir=None, num_workers: int | None = None
-) -> dict[str, Features | None]:
-    """Features of each distinct SMILES, each parsed once; None for what is no molecule.
+) -> list[Pair | None]:
+    """n pairs, each distinct one compared once; None where the prediction is no molecule.
 
-    Pairs of one string need no MACCS and RDK, so those are None where nothing else asks for them. References' features
-    are kept in `cache_dir`, by content: all of them with their bits, for other systems' outputs.
+    Exact match: by InChI (as MolT5), by canonical SMILES, by that without stereochemistry. Tanimoto similarity:
+    `maccs`, 166 MACCS keys; `rdk`, RDKit's path fingerprint (paths 1 to 7, 2048 bits); `morgan`, sparse counts, radius
+    2. As MolT5's fingerprint_metrics.py, but equal molecules score 1 also where their fingerprint is empty (methane's),
+    which RDKit's Tanimoto calls 0.
+
+    References' features are kept in `cache_dir`. `ValueError` on a reference that is no molecule.
     """
-    path, found = None, {}
-    if cache_dir is not None:
-        content = "\n".join([rdkit.__version__, *references])
-        path = Path(cache_dir) / f"features-{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
-    own = list(dict.fromkeys(references))
-    if path is not None and path.is_file():
+    known = {} if cache_dir is None else _cached_features(list(dict.fromkeys(references)), cache_dir, num_workers)
+    pairs = list(zip(references, predictions, strict=True))
+    jobs = {pair: (*pair, known.get(pair[0])) for pair in pairs}
+    of = dict(zip(jobs, in_processes(_compare, list(jobs.values()), num_workers), strict=True))
+    for row, pair in enumerate(pairs, 1):
+        if of[pair] == "reference":
+            raise ValueError(
+                f"row {row}: the reference {pair[0][:100]!r} is not a molecule RDKit can read; references are your "
+                "data, so correct or remove that row"
+            )
+    return [None if of[pair] == "prediction" else of[pair] for pair in pairs]
+
+
+def columns(pairs: list[Pair | None]) -> dict[str, np.ndarray]:
+    """Validity, exact matches (invalid: 0) and similarities (invalid: NaN) of what `compare` returned, `(n,)` each."""
+    invalid = Pair(False, False, False, np.nan, np.nan, np.nan, ())
+    found = {key: np.array([getattr(pair or invalid, key) for pair in pairs], float) for key in Pair._fields[:-1]}
+    return {"validity": np.array([float(pair is not None) for pair in pairs])} | found
+
+
+def environments(pairs: list[Pair]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Both sides' Morgan fingerprints as corpora of atom environments, each as often as it occurs (see ngrams.py)."""
+    sides = zip(*(pair.counts for pair in pairs), strict=True)
+    rows = [[counts.GetNonzeroElements().items() for counts in side] for side in sides]
+    return [flatten([[e for e, count in row for _ in range(count)] for row in side]) for side in rows]
+
+
+def _cached_features(references: list[str], cache_dir, num_workers) -> dict[str, Features]:
+    """Features of distinct SMILES that are molecules, kept in `cache_dir` by content."""
+    content = hashlib.sha256("\n".join([rdkit.__version__, *references]).encode()).hexdigest()[:32]
+    path = Path(cache_dir) / f"features-{content}.npz"
+    if path.is_file():
         with np.load(path) as stored:  # allow_pickle is off
             parts = [np.split(stored[f"data{k}"], np.cumsum(stored[f"length{k}"])[:-1]) for k in range(4)]
-        rows = ([part.tobytes() for part in row] for row in zip(*parts, strict=True))
-        found = {s: Features(row[0].decode(), *row[1:]) for s, row in zip(own, rows, strict=True)}
-    unequal = [pair for pair in zip(references, predictions, strict=True) if pair[0] != pair[1]]
-    wanted = dict.fromkeys([*(own if path else ()), *(s for pair in unequal for s in pair)])
-    whole = [s for s in wanted if s not in found]
-    brief = [s for s in own if s not in wanted]
-    new = path is not None and not found
-    found |= zip(whole, in_processes(_features, whole, num_workers), strict=True)
-    found |= zip(brief, in_processes(partial(_features, bits=False), brief, num_workers), strict=True)
-    if new and all(found[s] for s in own):  # else the caller names the reference that is no molecule
-        columns = [[found[s].formula.encode(), *found[s][1:]] for s in own]
-        arrays = {f"data{k}": np.frombuffer(b"".join(c[k] for c in columns), np.uint8) for k in range(4)}
-        save_whole(path, arrays | {f"length{k}": np.array([len(c[k]) for c in columns]) for k in range(4)})
+        kinds = bytes.decode, DataStructs.ExplicitBitVect, DataStructs.ExplicitBitVect, DataStructs.ULongSparseIntVect
+        rows = zip(*([kind(p.tobytes()) for p in part] for kind, part in zip(kinds, parts, strict=True)), strict=True)
+        return {s: Features(*row) for s, row in zip(references, rows, strict=True)}
+    found = dict(zip(references, in_processes(_features_of, references, num_workers), strict=True))
+    if all(found.values()):  # else `compare` names the one that is no molecule
+        rows = [[f.formula.encode(), *(vector.ToBinary() for vector in f[1:])] for f in found.values()]
+        arrays = {f"data{k}": np.frombuffer(b"".join(row[k] for row in rows), np.uint8) for k in range(4)}
+        save_whole(path, arrays | {f"length{k}": np.array([len(row[k]) for row in rows]) for k in range(4)})
     return found
-
-
-def environments(sides: list[list[Features]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Morgan's sparse counts of each side's molecules as a corpus of atom environments, repeated (see ngrams.py)."""
-    counts = [[DataStructs.ULongSparseIntVect(f.morgan).GetNonzeroElements() for f in side] for side in sides]
-    return [flatten([[e for e, c in row.items() for _ in range(c)] for row in side]) for side in counts]
-
-
-def exact_matches(references, predictions, features: dict, num_workers=None) -> dict[str, np.ndarray]:
-    """Three kinds of exact match, `(n,)` of 0 and 1: by InChI (`exact_match`, as MolT5), `canonical_match` and
-    `canonical_match_no_stereo`. Only pairs of one formula are compared further, since no others can agree."""
-    keys = ("exact_match", "canonical_match", "canonical_match_no_stereo")
-    result = np.zeros((len(references), 3))
-    open_pairs = {}
-    for i, pair in enumerate(zip(references, predictions, strict=True)):
-        if pair[0] == pair[1]:
-            result[i] = "*" not in pair[0], True, True
-        elif features[pair[1]] and features[pair[0]].formula == features[pair[1]].formula:
-            open_pairs.setdefault(pair, []).append(i)
-    for pair, found in zip(open_pairs, in_processes(_matches, list(open_pairs), num_workers), strict=True):
-        result[open_pairs[pair]] = found
-    return {key: result[:, k] for k, key in enumerate(keys)}
 
 
 def scaffold_match(references, predictions, valid: np.ndarray, num_workers=None) -> np.ndarray:
@@ -163,41 +200,6 @@ def scaffold_match(references, predictions, valid: np.ndarray, num_workers=None)
     of = dict(zip(distinct, in_processes(scaffold, distinct, num_workers), strict=True))
     pairs = zip(references, predictions, valid, strict=True)
     return np.array([float(ok and of[r] == of[p]) if of[r] else np.nan for r, p, ok in pairs])
-
-
-def similarities(references: list[str], predictions: list[str], features: dict, same: np.ndarray) -> dict:
-    """Tanimoto similarity of n pairs, `(n,)` each, NaN where the prediction is invalid, 1 where it is the `same`.
-
-    `same`: pairs of one canonical SMILES, whose fingerprints need not be computed to be equal.
-
-    `maccs`: 166 MACCS keys; `rdk`: RDKit's path fingerprint (paths 1 to 7, 2048 bits); `morgan`: sparse counts, radius
-    2. As MolT5's fingerprint_metrics.py, but equal molecules score 1 also where their fingerprint is empty (methane's),
-    which RDKit's Tanimoto calls 0.
-    """
-    of = [[features[s] for s in side] for side in (references, predictions)]
-    valid = np.array([f is not None for f in of[1]])
-    table = np.where(valid, 1.0, np.nan)[:, None].repeat(3, 1)
-    unequal = np.flatnonzero(valid & ~same)
-    if len(unequal):
-        table[unequal] = _compare_fingerprints(*([side[i] for i in unequal] for side in of))
-    return {key: table[:, k] for k, key in enumerate(("maccs", "rdk", "morgan"))}
-
-
-def _compare_fingerprints(*sides: list) -> np.ndarray:
-    """Tanimoto of MACCS, RDK and Morgan, `(n, 3)`, of n >= 1 pairs of `Features`."""
-    n = len(sides[0])
-    scores = np.empty((n, 3))
-    for k in range(2):
-        bits = [np.frombuffer(b"".join(f[1 + k] for f in side), np.uint8).reshape(n, -1) for side in sides]
-        shared = np.bitwise_count(bits[0] & bits[1]).sum(1).astype(float)
-        scores[:, k] = _tanimoto(shared, *(np.bitwise_count(b).sum(1) for b in bits))
-    counts = ([DataStructs.ULongSparseIntVect(f.morgan) for f in side] for side in sides)
-    scores[:, 2] = [DataStructs.TanimotoSimilarity(a, b) for a, b in zip(*counts, strict=True)]
-    return scores
-
-
-def _tanimoto(shared, a, b) -> np.ndarray:
-    return np.divide(shared, a + b - shared, out=np.zeros(len(shared)), where=a + b > 0)
 
 
 def save_whole(path: Path, arrays: dict[str, np.ndarray]) -> None:
