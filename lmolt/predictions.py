@@ -103,10 +103,12 @@ def _from_reference_tsv(path: Path, header: list[str], lines: list[str], directi
             else f"begin with the tab-separated line {' / '.join(expected)}, or give --pairs for one output a line"
         )
         raise ValueError(f"{path} line 1: no column {missing[0]!r} in the header {found!r}; {remedy}")
+    if twice := next((name for name in expected if header.count(name) > 1), None):
+        raise ValueError(f"{path} line 1: two columns are called {twice!r}; rename the one that is not meant")
     at = {name: header.index(name) for name in expected}
     rows, counts = [], Counter()
     for line_number, line in enumerate(lines, 2):
-        if not line:  # csv.DictReader, which the reference scripts use, passes over these too
+        if not line.strip():  # csv.DictReader, which the reference scripts use, passes over empty lines too
             counts["blank_line"] += 1
             continue
         fields = line.split("\t")
@@ -135,13 +137,16 @@ def _from_reference_tsv(path: Path, header: list[str], lines: list[str], directi
 
 
 def _beside_pairs(path: Path, lines: list[str], pairs: list[dict], direction: str):
+    counts = Counter()
+    if len(lines) == len(pairs) + 1 and not lines[-1].strip():
+        lines, counts["blank_line"] = lines[:-1], 1
     if len(lines) != len(pairs):
         raise ValueError(
             f"{path} has {len(lines)} lines but there are {len(pairs)} pairs; give one output a line, in their order, "
-            "an empty line for an empty output (check --split and --limit, and line breaks inside outputs)"
+            "an empty line for an empty output, no header (check --split and --limit, and line breaks inside outputs)"
         )
     rows = [row | {"prediction": line} for row, line in zip(rows_of_pairs(pairs, direction), lines, strict=True)]
-    return rows, Counter()
+    return rows, counts
 
 
 def _from_table(path: Path, direction: str):

@@ -31,12 +31,12 @@ def test_reference_tables_are_read_as_the_reference_scripts_read_them(direction,
 
 
 def test_odd_lines_are_counted_and_kept(tmp_path):
-    text = HEADER + 'one\tC\tC"\n' + "two\tCC\n" + "\n" + "three\tCCC\tC\tx\ty\n" + "four\u2028\x0c\tN\t\n"
+    text = HEADER + 'one\tC\tC"\n' + "two\tCC\n" + "\n" + "\t \t\n" + "three\tCCC\tC\tx\ty\n" + "four\u2028\x0c\tN\t\n"
     rows, counts = read_predictions(write(tmp_path / "o.tsv", text), "cap2mol")
     assert [row["prediction"] for row in rows] == ['C"', "", "C", ""]
     assert [row["id"] for row in rows] == ["0", "1", "2", "3"]
     assert rows[3]["source"] == "four\u2028\x0c"  # no line end for the reference scripts either
-    assert counts == {"missing_output": 1, "blank_line": 1, "surplus_field": 1, "empty_prediction": 2}
+    assert counts == {"missing_output": 1, "blank_line": 2, "surplus_field": 1, "empty_prediction": 2}
 
 
 def test_columns_are_found_by_name_and_windows_line_ends_are_line_ends(tmp_path):
@@ -75,6 +75,7 @@ def test_other_encodings(tmp_path, encoding):
         ("o.tsv", HEADER + "x\t\tC\n", "cap2mol", r"line 2.*no ground truth"),
         ("o.tsv", HEADER.encode() + b"x\xff\tC\tC\n", "cap2mol", r"line 2: byte 0xff is not utf-8.*--encoding"),
         ("o.tsv", HEADER, "cap2mol", "no cap2mol row"),
+        ("o.tsv", "output\t" + HEADER + "C\tx\tC\tC\n", "cap2mol", "line 1: two columns are called 'output'"),
         ("o.tsv", "", "cap2mol", "the file is empty"),
         ("o.jsonl", '{"source": "a", "reference": "b"}\n', "mol2cap", r"row 1: no column 'direction'"),
         (
@@ -100,6 +101,8 @@ def test_one_output_a_line_beside_pairs(tmp_path):
     assert counts == {"empty_prediction": 1}
     with pytest.raises(ValueError, match="3 lines but there are 2 pairs"):
         read_predictions(write(tmp_path / "o.txt", "CCO\n\nC\n"), "cap2mol", PAIRS)
+    rows, counts = read_predictions(write(tmp_path / "o.txt", "\ufeffCCO\r\nC\r\n\r\n"), "cap2mol", PAIRS)
+    assert [row["prediction"] for row in rows] == ["CCO", "C"] and counts == {"blank_line": 1}
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
