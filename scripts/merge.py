@@ -5,6 +5,7 @@
     python scripts/merge.py --recipe recipes/merge/slerp_19_1.yaml --models A B --output O
     python scripts/merge.py --models A --adapter X --output O
     python scripts/merge.py --verify O
+    python scripts/merge.py --method slerp --models A B --weights 0.95 0.05 --output O --push_to_hub
 
 A, B, C are folders with safetensors or Hub ids. Memory stays below 300 MB whatever the models' size.
 Writes the model with config and tokenizer of the first, merge.json and README.md; --resume goes on after a kill.
@@ -164,6 +165,9 @@ def main(argv: list[str]) -> None:
     models, base, recipe = resolve(args)
     sources = [*models, base] if base else models
     if args.resume and (args.output / "merge.json").is_file():
+        if args.push_to_hub:
+            name = args.hub_model_id or args.output.name
+            raise ValueError(f"{args.output} is already finished; upload it with: hf upload {name} {args.output}")
         return print(f"{args.output} is already finished")
     check_output(args, sources)
     dtype = merging.check_checkpoints(sources, NAMES.get(args.dtype))

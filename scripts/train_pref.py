@@ -3,6 +3,7 @@
     accelerate launch scripts/train_pref.py --loss cpo
     accelerate launch scripts/train_pref.py --loss dpo --model FOLDER_OR_HUB_ID --triples triples.parquet
     accelerate launch scripts/train_pref.py --loss cpo --resume_from_checkpoint true
+    accelerate launch scripts/train_pref.py --loss cpo --push_to_hub --hub_model_id OWNER/NAME
 
 Without --model, --triples and --recipe it trains on the embedded default, building what that lacks.
 Every flag of transformers.TrainingArguments works; --recipe FILE.yaml sets defaults and flags win.

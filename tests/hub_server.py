@@ -51,13 +51,11 @@ class Repository:
     private: bool
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # commit id: path: content
     branches: dict[str, str] = field(default_factory=dict)
-    messages: list[str] = field(default_factory=list)
 
     def commit(self, files: dict[str, bytes], message: str, branch: str = "main") -> str:
         listing = "".join(f"{path} {blob_id(data)}\n" for path, data in sorted(files.items()))
         name = hashlib.sha1(f"{self.id} {len(self.commits)} {message}\n{listing}".encode()).hexdigest()
         self.commits[name], self.branches[branch] = files, name
-        self.messages.append(message)
         return name
 
     def resolve(self, revision: str) -> str:
@@ -247,11 +245,6 @@ class _Handler(BaseHTTPRequestHandler):
             "createdAt": date, "siblings": siblings, "usedStorage": 0,
         })  # fmt: skip
 
-    def refs(self, types: str, id: str) -> None:
-        branches = self.repository(types, id).branches.items()
-        found = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit} for name, commit in branches]
-        self.answer({"branches": found, "converts": [], "tags": []})
-
     def branch(self, types: str, id: str, name: str) -> None:
         repository = self.repository(types, id)
         self.check_may_write(id.split("/")[0])
@@ -347,8 +340,6 @@ class _Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.hub.objects:
                     raise Answer(400, message=f"LFS object {value['oid']} was not uploaded")
                 files[value["path"]] = self.hub.objects[value["oid"]]
-            elif key == "deletedFile":
-                del files[value["path"]]
             else:
                 raise Answer(400, message=f"this server has no operation {key!r}")
         if "README.md" in files and (error := card_error(files["README.md"].decode())):
@@ -396,7 +387,6 @@ ROUTES = (
     (r"POST /api/validate-yaml", _Handler.validate_yaml),
     (rf"GET {_API}", _Handler.info),
     (rf"GET {_API}/revision/(?P<revision>[^/]+)", _Handler.info),
-    (rf"GET {_API}/refs", _Handler.refs),
     (rf"GET {_API}/auth-check(?P<write>/write)?", _Handler.auth_check),
     (rf"GET {_API}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", _Handler.tree),
     (rf"POST {_API}/branch/(?P<name>[^/]+)", _Handler.branch),
