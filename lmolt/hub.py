@@ -3,6 +3,7 @@
 The token is huggingface_hub's business (`hf auth login`, HF_TOKEN); it is read here only to keep it out of messages.
 """
 
+import re
 import shlex
 from pathlib import Path
 
@@ -97,8 +98,9 @@ def push_metrics(file: Path, record: dict, repo_id: str) -> str:
 
 def _reason(error: BaseException) -> str:
     """What went wrong, on one line and without the token, which an HTTP client quotes if it is no legal header."""
-    texts = [" ".join(str(e).split()) or type(e).__name__ for e in (error, error.__cause__) if e is not None]
-    reason, token = ": ".join(dict.fromkeys(texts)), get_token()
+    chain = [error] if error.__cause__ is None or isinstance(error, HfHubHTTPError) else [error, error.__cause__]
+    reason = ": ".join(dict.fromkeys(" ".join(str(e).split()) or type(e).__name__ for e in chain))
+    reason, token = re.sub(r" For more (information|details)\b.*?https?://\S+", "", reason), get_token()
     for written in (token, repr(token)[1:-1]) if token else ():
         reason = reason.replace(written, "[token]")
     return reason

@@ -115,7 +115,8 @@ class HubServer:
         """A client's environment variables: these libraries' own settings stand back for this server's."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_OFFLINE"))}
         kept |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-        kept |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "NO_PROXY": "127.0.0.1"}
+        kept |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+        kept |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         return kept | ({"HF_TOKEN": token} if token else {})
 
     def refuse(self, pattern: str, status: int) -> None:
