@@ -87,21 +87,29 @@ def qlora(tmp_path_factory, tiny_policy, few_triples):
     """Arguments, and the losses of one process."""
     folder = tmp_path_factory.mktemp("one")
     write_triples(few_triples, folder / "triples.jsonl")
-    arguments = ["--model", tiny_policy, "--triples", folder / "triples.jsonl", "--save_strategy", "no"]
+    arguments = ["--model", tiny_policy, "--triples", folder / "triples.jsonl", "--save_strategy", "epoch"]
     arguments += ["--num_train_epochs", "1", *CPO]
     return arguments, one_process(folder / "out", *arguments, 4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp"])
-def test_two_nodes_equal_one_process(strategy, two_nodes, qlora, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "second_nodes_share"),
+    [
+        ("zero2", {"zero_pp_rank_1_mp_rank_00_optim_states.pt"}),
+        ("zero3", {"zero_pp_rank_1_mp_rank_00_optim_states.pt", "zero_pp_rank_1_mp_rank_00_model_states.pt"}),
+    ],
+)
+def test_two_nodes_equal_one_process(strategy, second_nodes_share, two_nodes, qlora, tmp_path):
     arguments, expected = qlora
     nodes = two_nodes.train(*arguments, 2, "--output_dir", tmp_path / "out", STRATEGY=strategy)
     assert [node.wait(timeout=120) for node in nodes] == [0, 0], two_nodes.said(0) + two_nodes.said(1)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["world_size"] == 2
+    share = {file.name for file in tmp_path.glob("out/checkpoint-*/global_step*/*_rank_1_*")}
+    assert share == second_nodes_share  # what DeepSpeed at this stage leaves to it, and DDP doesn't
     for two, one in zip(steps(tmp_path / "out"), expected, strict=True):
-        for key in ("loss", "grad_norm"):
-            assert two[key] == pytest.approx(one[key], rel=1e-4), (key, one["step"])
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4), one["step"]
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3), one["step"]
     assert "wrote" in two_nodes.said(0) and "wrote" not in two_nodes.said(1)
 
 
