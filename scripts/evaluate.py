@@ -28,7 +28,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 
 from lmolt import __version__
-from lmolt.prompts import CAP2MOL, DIRECTIONS
+from lmolt.prompts import CAP2MOL, DIRECTIONS, build_prompt
+from lmolt.systems import SYSTEMS, System, finish, load, read_system
 
 PACKAGES = ("torch", "transformers", "peft", "rdkit", "fcd", "nltk", "rouge-score", "rapidfuzz", "numpy")
 CACHE = Path(os.environ.get("LMOLT_CACHE", Path.home() / ".cache" / "lmolt"))
@@ -39,6 +40,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="causal or sequence-to-sequence model: a folder or a Hub id")
+    what.add_argument("--system", metavar="NAME", help="one of --systems: its models, prompts, stop rules")
     what.add_argument("--predictions", nargs="+", type=Path, metavar="FILE", help="score outputs, a file a direction")
     what.add_argument("--compare", nargs="+", metavar="[NAME=]DIR", help="compare folders written by this script")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
@@ -47,7 +49,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", help="split of --pairs (default: test where the pairs have splits)")
     parser.add_argument("--limit", type=int, help="this many pairs, chosen by --seed")
     parser.add_argument("--seed", type=int, default=0)
-    model = parser.add_argument_group("translating with --model")
+    model = parser.add_argument_group("translating with --model or --system")
+    model.add_argument("--systems", type=Path, default=SYSTEMS, metavar="FILE", help="default: recipes/systems.yaml")
     model.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     model.add_argument("--adapter", help="PEFT adapter on --model")
     model.add_argument("--load_in_4bit", action="store_true", help="NF4, as QLoRA trains on")
@@ -83,12 +86,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     sharing.add_argument("--hub_model_id", metavar="OWNER/NAME", help="the model whose card that is")
     parser.add_argument("--baseline", help="--compare: the system that differences are from (default: the first)")
     args = parser.parse_args(argv)
+    if args.system and args.adapter:
+        parser.error("--system has adapters of its own; give --model with --adapter")
     if args.predictions and len(args.predictions) != len(args.direction or []):
         parser.error("--predictions needs a --direction for each file: mol2cap or cap2mol")
     if args.push_to_hub and (args.compare or not args.hub_model_id):
         parser.error("--push_to_hub is for one model's metrics, and needs --hub_model_id OWNER/NAME")
-    if args.model and not args.pairs:
-        parser.error("--model needs --pairs: demo, a file, or a Hub data set")
+    if (args.model or args.system) and not args.pairs:
+        parser.error("--model and --system need --pairs: demo, a file, or a Hub data set")
     return args
 
 
@@ -102,31 +107,35 @@ def chosen_pairs(args: argparse.Namespace, counts: Counter) -> list[dict]:
         raise ValueError(f"--limit {args.limit}: give a number of pairs, at least 1")
     if args.limit is not None and args.limit < len(pairs):
         pairs = [pairs[i] for i in sorted(random.Random(args.seed).sample(range(len(pairs)), args.limit))]
-    if args.model:  # a molecule that doesn't parse is found before hours of translating, not after
+    if not args.predictions:  # a molecule that doesn't parse is found before hours of translating, not after
         pairs, dropped = clean(pairs, invalid=args.invalid_pairs, where=args.pairs)
         counts += dropped
     return pairs
 
 
-def translated(args: argparse.Namespace, pairs: list[dict]) -> list[dict]:
-    """Prediction rows of --model, the same on every process."""
+def translated(args: argparse.Namespace, system: System | None, pairs: list[dict], counts: dict) -> list[dict]:
+    """Prediction rows of `system`, else of --model, the same on every process; `counts` says how many were cut."""
     from lmolt.predictions import rows_of_pairs
     from lmolt.translate import load_translator, prompts_for, translate
 
-    model, tokenizer = load_translator(
-        args.model,
-        args.adapter,
-        dtype=args.dtype,
-        load_in_4bit=args.load_in_4bit,
-        trust_remote_code=args.trust_remote_code,
-    )
-    rows = []
+    options = {key: getattr(args, key) for key in ("dtype", "load_in_4bit", "trust_remote_code")}
+    rows, loaded, model = [], None, None
     for direction in args.directions:
+        wanted = (system.models[direction], system.adapters[direction]) if system else (args.model, args.adapter)
+        if wanted != loaded:
+            model = None  # there may not be room for two
+            model, tokenizer = load(system, direction, **options) if system else load_translator(*wanted, **options)
+            loaded = wanted
         asked = rows_of_pairs(pairs, direction)
+        sources = [row["source"] for row in asked]
+        if system:
+            prompts = [build_prompt(direction, source, system.prompt) for source in sources]
+        else:
+            prompts = prompts_for(model.config, direction, sources)
         outputs = translate(
             model,
             tokenizer,
-            prompts_for(model.config, direction, [row["source"] for row in asked]),
+            prompts,
             max_new_tokens=args.max_new_tokens,
             tokens_per_batch=args.tokens_per_batch,
             num_beams=args.num_beams,
@@ -134,7 +143,9 @@ def translated(args: argparse.Namespace, pairs: list[dict]) -> list[dict]:
             journal=args.output / "journal",
             progress=direction,
         )
-        rows += [row | {"prediction": output} for row, output in zip(asked, outputs, strict=True)]
+        kept = [finish(system, direction, output) for output in outputs] if system else outputs
+        counts[direction]["cut_output"] = sum(a != b for a, b in zip(outputs, kept, strict=True))
+        rows += [row | {"prediction": output} for row, output in zip(asked, kept, strict=True)]
     return rows
 
 
@@ -165,8 +176,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
     # ---- outputs: made now, or made before
     counts = defaultdict(Counter)  # what was odd about the data, by direction
+    system = read_system(args.system, args.systems) if args.system else None
     pairs = chosen_pairs(args, counts[CAP2MOL]) if args.pairs else None  # what reading counts concerns molecules
-    rows = translated(args, pairs) if args.model else []
+    rows = [] if args.predictions else translated(args, system, pairs, counts)
     if args.predictions:
         for file, direction in zip(args.predictions, args.direction, strict=True):
             read, found = read_predictions(file, direction, pairs, args.encoding)
@@ -222,7 +234,11 @@ def evaluate(args: argparse.Namespace) -> None:
         "data": {"pairs_sha256": digest(rows, ("source", "reference")), "predictions_sha256": digest(rows)},
         "directions": parts,
     }
-    for folder in (args.adapter, args.model):
+    folders = [args.adapter, args.model]
+    if system:
+        run.record["entry"] = system._asdict()  # as the file of systems had it
+        folders = [*system.adapters.values(), *system.models.values()]
+    for folder in folders:
         if folder and (Path(folder) / "efficiency.json").is_file():
             run.record["efficiency"] = json.loads((Path(folder) / "efficiency.json").read_text())
             break
