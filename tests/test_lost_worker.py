@@ -1,15 +1,20 @@
 """A process or a machine is lost in mid-step: the others end soon and say what happened; restarted, the run goes on."""
 
+import json
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from test_make_triples import PAIRS
 from test_two_nodes import CPO, one_process, steps, two_nodes  # noqa: F401
 
+from lmolt.pairs import read_table, write_table
 from lmolt.triples import write_triples
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,8 +30,8 @@ def workers(process: subprocess.Popen) -> list[psutil.Process]:
     """The processes that a launcher started, in the order of their ranks."""
     found = {}
     for child in psutil.Process(process.pid).children(recursive=True):
-        if "LOCAL_RANK" in (environment := child.environ()) and child.ppid() != process.pid:
-            found[environment["RANK"]] = child
+        if "RANK" in (environment := child.environ()):
+            found.setdefault(environment["RANK"], child)
     return [found[rank] for rank in sorted(found)]
 
 
@@ -67,3 +72,51 @@ def test_a_killed_process_and_a_cut_cable(two_nodes, tmp_path, tiny_policy, few_
     expected = one_process(tmp_path / "one", *arguments, 4)
     assert [row["step"] for row in steps(out)] == [row["step"] for row in expected]
     assert [row["loss"] for row in steps(out)] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "victim"), [("make_triples", 1), ("evaluate", 0)])
+def test_a_killed_translator_loses_nothing(script, victim, tmp_path, tiny_policy):
+    write_table(PAIRS, tmp_path / "pairs.csv")
+    arguments = ["--pairs", tmp_path / "pairs.csv", "--max_new_tokens", "32", "--tokens_per_batch", "200"]
+    if script == "make_triples":
+        arguments += ["--mol2cap_model", tiny_policy, "--cap2mol_model", tiny_policy, "--fraction", "1", "--same_pairs"]
+        output, written, journal = "out.jsonl", "out.jsonl", "out.jsonl.journal"
+    else:
+        arguments += ["--model", tiny_policy, "--no_fcd"]
+        output, written, journal = "out", "out/predictions.parquet", "out/journal"
+    two = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "ddp.yaml"]
+    two += ["--num_processes", "2"]
+
+    def start(folder: str, launcher: list) -> subprocess.Popen:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        command = [sys.executable, *launcher, ROOT / "scripts" / f"{script}.py", *arguments]
+        command += ["--output", tmp_path / folder / output]
+        with (tmp_path / f"{folder}.log").open("w") as log:
+            return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=log, stderr=log)
+
+    def kept() -> list[str]:
+        files = (tmp_path / "two" / journal).rglob("*.jsonl")
+        return [line for file in files for line in file.read_text().split("\n") if line.endswith("}")]
+
+    process = start("two", two)
+    until(lambda: len(kept()) >= 6, [process])
+    workers(process)[victim].send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    assert "SIGKILL" in (tmp_path / "two.log").read_text()
+    before = kept()
+    assert not (tmp_path / "two" / written).exists()
+
+    process = start("two", two)
+    made = set(before)
+    while process.poll() is None:
+        made.update(kept())
+        time.sleep(0.01)
+    assert process.wait() == 0, (tmp_path / "two.log").read_text()
+    said = (tmp_path / "two.log").read_text()
+    taken = sum(int(n) for n in re.findall(r"(\d+) of \d+ rows are in", said))
+    assert taken == len(before)  # the rest was translated, and those not again
+    assert len({json.loads(line)["key"] for line in made}) == len(made)
+    assert start("one", []).wait() == 0, (tmp_path / "one.log").read_text()
+    rows = read_table(tmp_path / "two" / written)
+    assert len(rows) > 30 and rows == read_table(tmp_path / "one" / written)
