@@ -2,7 +2,7 @@
 # The one entry.
 #
 #   ./launch.sh                the whole job on the embedded default: pairs, triples, CPO, fusion, evaluation, report
-#   ./launch.sh test [ARGS]    the test suite (arguments go to pytest); test-distributed: several processes and machines
+#   ./launch.sh test [ARGS]    the tests (ARGS go to pytest); test-distributed: those of several processes and machines
 #   ./launch.sh train [ARGS]   scripts/train_pref.py on every GPU of this machine, or on its CPU
 #   ./launch.sh bench          all benchmarks, side by side with their peers
 #
@@ -133,7 +133,7 @@ demo() {
 
 case ${1:-demo} in
     demo) set_up && demo ;;
-    test) set_up && shift && python -m pytest -n 2 --dist loadscope "$@" ;; # two at a time: the tests use one thread each
+    test) set_up && shift && python -m pytest -m "not slow" -n 2 --dist loadscope "$@" ;; # one thread each
     test-distributed) set_up && shift && python -m pytest -m slow "$@" ;;
     train)
         set_up && shift

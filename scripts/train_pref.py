@@ -99,6 +99,8 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     set_seed(args.seed)
     say = print if args.process_index == 0 else lambda *_: None
+    if args.process_index > 0:
+        hf_logging.disable_progress_bar()
     count = lambda examples: dict(sorted(Counter(e.direction for e in examples).items()))
 
     # --- output folder, the embedded default

@@ -15,7 +15,7 @@ import pytest  # noqa: E402
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    config.addinivalue_line("markers", "slow: several processes or machines, or long: ./launch.sh test-distributed")
 
 
 @pytest.fixture(autouse=True)
