@@ -21,6 +21,7 @@ from rdkit.rdBase import BlockLogs
 
 from lmolt.metrics.ngrams import flatten
 
+_RDK = rdFingerprintGenerator.GetRDKitFPGenerator()  # Chem.RDKFingerprint's, made once
 _MORGAN = rdFingerprintGenerator.GetMorganGenerator(radius=2)
 MAX_CHARACTERS = 20_000
 _FEW = 60  # below so many SMILES a pool costs more than it saves
@@ -43,7 +44,7 @@ class Features(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A reference beside a valid prediction: exact matches, Tanimoto similarities, both sides' Morgan fingerprints."""
+    """A reference beside a valid prediction: exact matches, Tanimoto similarities, Morgan counts of both, packed."""
 
     exact_match: bool
     canonical_match: bool
@@ -51,11 +52,11 @@ class Pair(NamedTuple):
     maccs: float
     rdk: float
     morgan: float
-    counts: tuple[DataStructs.ULongSparseIntVect, DataStructs.ULongSparseIntVect]
+    counts: tuple[bytes, bytes]
 
 
 def _features(molecule: Chem.Mol) -> Features:
-    bits = MACCSkeys.GenMACCSKeys(molecule), Chem.RDKFingerprint(molecule)
+    bits = MACCSkeys.GenMACCSKeys(molecule), _RDK.GetFingerprint(molecule)
     return Features(rdMolDescriptors.CalcMolFormula(molecule), *bits, _MORGAN.GetSparseCountFingerprint(molecule))
 
 
@@ -71,8 +72,8 @@ def _compare(job: tuple[str, str, Features | None]) -> Pair | str:
     if known is None and theirs is None:
         return "reference"
     if prediction == reference:
-        morgan = known.morgan if known else _MORGAN.GetSparseCountFingerprint(theirs)
-        return Pair("*" not in reference, True, True, 1.0, 1.0, 1.0, (morgan, morgan))
+        counts = (known.morgan if known else _MORGAN.GetSparseCountFingerprint(theirs)).ToBinary()
+        return Pair("*" not in reference, True, True, 1.0, 1.0, 1.0, (counts, counts))
     ours = parse(prediction)
     if ours is None:
         return "prediction"
@@ -81,11 +82,11 @@ def _compare(job: tuple[str, str, Features | None]) -> Pair | str:
     if formula == rdMolDescriptors.CalcMolFormula(ours):  # no others can agree
         matches = _matches(theirs or parse(reference), ours)
     if matches[1]:  # the same molecule: the two slow fingerprints need not be computed to be equal
-        morgan = _MORGAN.GetSparseCountFingerprint(ours)
-        return Pair(*matches, 1.0, 1.0, 1.0, (morgan, morgan))
+        counts = _MORGAN.GetSparseCountFingerprint(ours).ToBinary()
+        return Pair(*matches, 1.0, 1.0, 1.0, (counts, counts))
     sides = known or _features(theirs), _features(ours)
     similarities = map(DataStructs.TanimotoSimilarity, *(side[1:] for side in sides))
-    return Pair(*matches, *similarities, tuple(side.morgan for side in sides))
+    return Pair(*matches, *similarities, tuple(side.morgan.ToBinary() for side in sides))
 
 
 def _matches(a: Chem.Mol, b: Chem.Mol) -> tuple[bool, bool, bool]:
@@ -122,7 +123,7 @@ def in_processes(function, items: list, num_workers: int | None = None) -> list:
         return _quietly(function, items)
     size = lambda item: len(item) if isinstance(item, str) else sum(map(len, item[:2]))
     order = sorted(range(len(items)), key=lambda i: -size(items[i]))
-    chunks = [order[start :: 8 * workers] for start in range(8 * workers)]
+    chunks = [order[start :: 16 * workers] for start in range(16 * workers)]
     futures = [_pool(workers).submit(_quietly, function, [items[i] for i in chunk]) for chunk in chunks]
     results = [None] * len(items)
     for chunk, future in zip(chunks, futures, strict=True):
@@ -172,7 +173,7 @@ def columns(pairs: list[Pair | None]) -> dict[str, np.ndarray]:
 def environments(pairs: list[Pair]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Both sides' Morgan fingerprints as corpora of atom environments, each as often as it occurs (see ngrams.py)."""
     sides = zip(*(pair.counts for pair in pairs), strict=True)
-    rows = [[counts.GetNonzeroElements().items() for counts in side] for side in sides]
+    rows = [[DataStructs.ULongSparseIntVect(c).GetNonzeroElements().items() for c in side] for side in sides]
     return [flatten([[e for e, count in row for _ in range(count)] for row in side]) for side in rows]
 
 
