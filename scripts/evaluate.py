@@ -10,7 +10,7 @@
 caption, or a Hub data set. Predictions: the reference scripts' tables (tab-separated: SMILES or description, ground
 truth, output), .parquet/.jsonl with source, reference and prediction, or one output a line beside --pairs. Writes
 predictions.parquet, scores.parquet, report.md, report.html, figures and, last, metrics.json to --output; a run that was
-killed goes on where it was.
+killed goes on where it was. --push_to_hub --hub_model_id OWNER/NAME puts the metrics on that model's card.
 """
 
 import sys
