@@ -32,18 +32,15 @@ class StopWhenAsked(TrainerCallback):
         asked = torch.tensor(float(self.asked), device=args.device)
         self.agreed = reduce(asked, "sum").item() > 0
         control.should_save |= self.agreed
-        return control
 
     def on_save(self, args, state, control, **kwargs):
         if not self.agreed:
             return
         PartialState().wait_for_everyone()  # nobody ends before the first process has sealed the checkpoint
         if state.is_world_process_zero:
-            print(
-                f"asked to stop: saved {args.output_dir}/checkpoint-{state.global_step}; "
-                "--resume_from_checkpoint true goes on from there",
-                flush=True,
-            )
+            checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
+            print(f"asked to stop: saved {checkpoint}; --resume_from_checkpoint true goes on from there", flush=True)
+        self.on_train_end(args, state, control)
         sys.exit(os.EX_TEMPFAIL)
 
     def on_train_end(self, args, state, control, **kwargs):
