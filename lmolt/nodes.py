@@ -12,6 +12,7 @@ missing. SIGTERM and SIGUSR1 are passed on; a COMMAND that then ends unfinished 
 """
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -55,7 +56,7 @@ class Peer:
         return json.loads(line)
 
 
-def wait_for_the_others(nodes: int, address: str, port: int) -> list[Peer]:
+def wait_for_the_others(nodes: int, address: str, port: int, command: list[str]) -> list[Peer]:
     """The main node's connections to all others."""
     for wanted in (port, port + 1):  # the first is torch's, a moment later
         try:
@@ -66,34 +67,48 @@ def wait_for_the_others(nodes: int, address: str, port: int) -> list[Peer]:
         if wanted == port:
             listener.close()
     peers, end = {}, time.monotonic() + START_TIMEOUT
-    while len(peers) < nodes - 1:
-        missing = [str(node) for node in range(1, nodes) if node not in peers]
-        listener.settimeout(max(0.01, end - time.monotonic()))
-        try:
-            peer = Peer(listener.accept()[0])
-        except TimeoutError:
-            raise ValueError(
-                f"{len(missing)} of {nodes} nodes didn't come within {START_TIMEOUT:g} s: those with NODE_RANK "
-                f"{', '.join(missing)}; start each with MASTER_ADDR={address} MASTER_PORT={port}"
-            ) from None
-        try:
-            hello = peer.receive()
-            node, host, fits = hello["node"], hello["host"], hello["nodes"] == nodes
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # nobody of ours
-        peer.name = f"node {node} ({host})"
-        if not fits or not 0 < node < nodes or node in peers:
-            wrong = f"{peer.name} is there twice, or was started for another number of nodes than {nodes}"
-            peer.send(lost=wrong)
-            raise ValueError(wrong)
-        peers[node] = peer
+    try:
+        while missing := [str(node) for node in range(1, nodes) if node not in peers]:
+            listener.settimeout(max(0.01, end - time.monotonic()))
+            try:
+                admit(Peer(listener.accept()[0]), peers, nodes, command)
+            except TimeoutError:
+                raise ValueError(
+                    f"{len(missing)} of {nodes} nodes didn't come within {START_TIMEOUT:g} s: those with NODE_RANK "
+                    f"{', '.join(missing)}; start each with MASTER_ADDR={address} MASTER_PORT={port}"
+                ) from None
+    except ValueError as error:
+        for peer in peers.values():
+            peer.send(lost=str(error))
+        raise
     listener.close()
     for peer in peers.values():
         peer.send(go=True)
     return list(peers.values())
 
 
-def join(nodes: int, node: int, address: str, port: int) -> list[Peer]:
+def admit(peer: Peer, peers: dict[int, Peer], nodes: int, command: list[str]) -> None:
+    """Adds another node to `peers`; `ValueError`, here and there, if it was started for another job than this."""
+    try:
+        hello = peer.receive()
+        node, host, theirs = hello["node"], hello["host"], hello["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # a stranger
+    peer.name = f"node {node} ({host})"
+    differing = [pair for pair in itertools.zip_longest(theirs, command) if pair[0] != pair[1]]
+    differing = [pair for pair in differing if pair != (str(node), "0")]  # accelerate's --machine_rank
+    wrong = None
+    if not 0 < node < nodes or node in peers:
+        wrong = f"{peer.name}: NODE_RANK={node} is there twice, or none of 0 to {nodes - 1}"
+    elif differing:
+        wrong = f"{peer.name} was started differently: {differing[0][0]!r} instead of {differing[0][1]!r}"
+    if wrong:
+        peer.send(lost=wrong)
+        raise ValueError(wrong)
+    peers[node] = peer
+
+
+def join(node: int, nodes: int, address: str, port: int, command: list[str]) -> list[Peer]:
     """The connection of another node to the main one."""
     end, reason = time.monotonic() + START_TIMEOUT, None
     while (left := end - time.monotonic()) > 0:
@@ -108,7 +123,7 @@ def join(nodes: int, node: int, address: str, port: int) -> list[Peer]:
             f"node {node} of {nodes} can't reach the main node at {address}, port {port + 1}, within "
             f"{START_TIMEOUT:g} s ({reason}); is MASTER_ADDR right, and is NODE_RANK=0 started there?"
         )
-    peer.send(node=node, nodes=nodes, host=socket.gethostname())
+    peer.send(node=node, host=socket.gethostname(), command=command)
     peer.connection.settimeout(START_TIMEOUT + GRACE)
     try:
         answer = peer.receive()
@@ -154,7 +169,8 @@ def main(command: list[str]) -> int:
     host, peers = socket.gethostname(), []
     if nodes > 1:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        peers = join(nodes, node, address, port) if node else wait_for_the_others(nodes, address, port)
+        where = nodes, address, port, command
+        peers = join(node, *where) if node else wait_for_the_others(*where)
         # gloo listens where this host's name points to, which on Debian is 127.0.0.1
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_of(peers[0].connection))
     child, signals = subprocess.Popen(command), []

@@ -135,9 +135,28 @@ def test_what_is_missing_at_the_start_is_named(two_nodes):
     squatter.wait()
 
 
-def test_a_node_rank_that_is_there_twice_is_named(two_nodes):
-    train = [sys.executable, "-m", "lmolt.nodes", "true"]
-    main = two_nodes.run(0, *train, MASTER_PORT="29500", NNODES="3")
-    first, second = (two_nodes.run(1, *train, MASTER_PORT="29500", NNODES="3") for _ in range(2))
-    assert [node.wait(timeout=10) for node in (main, first, second)] == [1, 1, 1]
-    assert "is there twice, or was started for another number of nodes than 3" in two_nodes.said(0)
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "wrong"),
+    [
+        ((1, 1), ("--lr", "1"), "NODE_RANK=1 is there twice, or none of 0 to 2"),
+        ((1, 3), ("--lr", "1"), "NODE_RANK=3 is there twice, or none of 0 to 2"),
+        ((1, 2), ("--lr", "2"), "was started differently: '2' instead of '1'"),
+    ],
+)
+def test_nodes_that_do_not_fit_together(ranks, arguments, wrong, two_nodes):
+    launch = lambda node, rank, *more: two_nodes.run(
+        node,
+        sys.executable,
+        "-m",
+        "lmolt.nodes",
+        "true",
+        rank,
+        *more,
+        NODE_RANK=str(rank),
+        NNODES="3",
+        MASTER_PORT="29500",
+    )
+    main = launch(0, 0, "--lr", "1")
+    others = [launch(1, ranks[0], "--lr", "1"), launch(1, ranks[1], *arguments)]
+    assert [node.wait(timeout=10) for node in (main, *others)] == [1, 1, 1]
+    assert wrong in two_nodes.said(0) and "Traceback" not in two_nodes.said(0) + two_nodes.said(1)
