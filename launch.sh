@@ -4,6 +4,7 @@
 #   ./launch.sh                the whole job on the embedded default: pairs, triples, CPO, fusion, evaluation, report
 #   ./launch.sh test [ARGS]    the tests (ARGS go to pytest); test-distributed: those of several processes and machines
 #   ./launch.sh train [ARGS]   scripts/train_pref.py on every GPU of this machine, or on its CPU
+#   ./launch.sh paper [ARGS]   the paper's Tables 1 to 4: --dry_run prints plan and commands; --scale demo, on a CPU
 #   ./launch.sh bench          all benchmarks, side by side with their peers
 #
 # Each first makes .venv with what requirements.txt pins (VENV=FOLDER: uses that one as it is). Finished stages of
@@ -140,6 +141,7 @@ case ${1:-demo} in
         if [[ ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then slurm "$@"; else train "$@"; fi
         ;;
     node) set_up && shift && node "$@" ;;
+    paper) set_up && shift && python -m lmolt.paper "$@" ;;
     bench)
         set_up && pip install --quiet -r benchmarks/requirements.txt && mkdir -p runs/bench
         for benchmark in benchmarks/*.py; do
@@ -147,5 +149,5 @@ case ${1:-demo} in
             python "$benchmark" --json "runs/bench/$(basename "$benchmark" .py).json"
         done
         ;;
-    *) sed -n '2,15s/^# \{0,1\}//p' "$0" && exit 2 ;;
+    *) sed -n '2,16s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac
