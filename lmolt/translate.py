@@ -43,8 +43,10 @@ def load_config(name: str, trust_remote_code: bool = False) -> tuple:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         return config, load_tokenizer(name, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise ValueError(f"model {name!r} can't be loaded: {error}") from error
+    except (OSError, ValueError) as error:
+        # transformers takes a SentencePiece file that it can't read for one of tiktoken
+        remedy = "; its tokenizer is a SentencePiece model: pip install sentencepiece" * ("tiktoken" in str(error))
+        raise ValueError(f"model {name!r} can't be loaded: {error}{remedy}") from error
 
 
 def load_translator(
