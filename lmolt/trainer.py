@@ -15,7 +15,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import is_torch_npu_available, is_torch_xpu_available
 
-from lmolt import losses, reference, resume
+from lmolt import losses, reference, resume, strategy
 from lmolt.attention import TREE
 from lmolt.batches import (
     Example,
@@ -157,6 +157,9 @@ class PreferenceTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(OneLine)
+        self.strategy = strategy.strategy_of(self.accelerator) | {"triples_per_step": self.pairs_per_step}
+        if args.eval_translations:
+            strategy.check_translations(self.strategy)
         self.loss_is_scaled_for_ga = True
         self.efficiency = Efficiency(model)
         self.statistics = Statistics(args)
@@ -351,6 +354,7 @@ class PreferenceTrainer(Trainer):
             output_dir = Path(self.args.output_dir)
             checkpoint = output_dir / f"checkpoint-{self.state.global_step}"
             self.efficiency.write(checkpoint / "efficiency.json", self.state.total_flos)
+            strategy.write(checkpoint, self.strategy)
             resume.write_manifest(checkpoint)
             rotate_checkpoints(
                 output_dir=str(output_dir),

@@ -25,7 +25,7 @@ import torch
 from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging as hf_logging
 
-from lmolt import batches, hub, losses, models, reference, resume
+from lmolt import batches, hub, losses, models, reference, resume, strategy
 from lmolt.preemption import StopWhenAsked
 from lmolt.recipes import apply_recipe
 from lmolt.trainer import PreferenceArguments, PreferenceTrainer
@@ -161,6 +161,7 @@ def main(argv: list[str]) -> None:
 
     # --- train
     if checkpoint is not None:
+        strategy.check_resumable(checkpoint, trainer.strategy)
         say(f"resumes from {checkpoint}")
         trainer.efficiency.resume_from(checkpoint / "efficiency.json")
     say(f"writes {args.output_dir}")
@@ -172,6 +173,7 @@ def main(argv: list[str]) -> None:
         {
             "arguments": {k: v for k, v in args.to_dict().items() if not k.endswith("_token")},
             "reference": reference_name,
+            "strategy": trainer.strategy,
             "world_size": args.world_size,
             "data": {"triples_sha256": reference.sha256_file(Path(args.triples))} | data,
             "versions": {name: version(name) for name in PACKAGES},

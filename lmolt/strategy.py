@@ -1,0 +1,64 @@
+"""How processes share out the work: what really runs, what it can't do, and which runs can go on from its checkpoints."""
+
+import json
+import os
+from pathlib import Path
+
+from accelerate import Accelerator, DistributedType
+
+FILE = "strategy.json"
+REMEDIES = {
+    DistributedType.DEEPSPEED: "leave `use_cpu` false in its configuration; on CPUs set DS_ACCELERATOR=cpu",
+    DistributedType.FSDP: "it needs GPUs; on CPUs take accelerate_configs/zero3.yaml",
+}
+
+
+def strategy_of(accelerator: Accelerator) -> dict:
+    """`name` (single, DDP, ZeRO-2, ...), `offload`, `world_size`. `ValueError` where it isn't what was asked for.
+
+    accelerate falls back to DDP without a word where a CPU's run asks for FSDP, or sets `use_cpu` for DeepSpeed.
+    """
+    kind, plugin = accelerator.distributed_type, accelerator.state.deepspeed_plugin
+    for wanted, remedy in REMEDIES.items():
+        if os.environ.get(f"ACCELERATE_USE_{wanted.value}", "false").lower() == "true" and kind != wanted:
+            raise ValueError(f"{wanted.value} was asked for and {kind.value} would run; {remedy}")
+    name, offload = "DDP", "none"
+    if kind == DistributedType.NO:
+        name = "single"
+    elif kind == DistributedType.FSDP:
+        name = "FSDP"
+    elif kind == DistributedType.DEEPSPEED:
+        name, offload = f"ZeRO-{plugin.zero_stage}", plugin.offload_param_device
+    return {"name": name, "offload": offload or "none", "world_size": accelerator.num_processes}
+
+
+def check_translations(strategy: dict) -> None:
+    """`ValueError` where no process holds the whole model: each translates another number of tokens, and would wait."""
+    if strategy["name"] in ("ZeRO-3", "FSDP"):
+        raise ValueError(
+            f"--eval_translations needs the whole model in each process, and {strategy['name']} shards it; take "
+            "accelerate_configs/zero2.yaml, or translate with scripts/evaluate.py after training"
+        )
+
+
+def write(checkpoint: Path, strategy: dict) -> None:
+    (checkpoint / FILE).write_text(json.dumps(strategy, indent=1))
+
+
+def check_resumable(checkpoint: Path, strategy: dict) -> None:
+    """`ValueError` where `strategy` can't go on from a checkpoint: its optimizer's shards or its batches don't fit."""
+    before = json.loads((checkpoint / FILE).read_text())
+    words = lambda s: f"{s['name']} in {s['world_size']} process{'es' * (s['world_size'] > 1)}"
+    whole = {"single", "DDP"}  # the optimizer's states are in one file, whatever the number of processes
+    fits = before["name"] == strategy["name"] and before["world_size"] == strategy["world_size"]
+    if not (fits or {before["name"], strategy["name"]} <= whole):
+        raise ValueError(
+            f"{checkpoint} was saved by {words(before)} and holds its shards; it can't be resumed by "
+            f"{words(strategy)}. Resume as it was, or train on from the adapter in it: --adapter {checkpoint}"
+        )
+    if before["triples_per_step"] != strategy["triples_per_step"]:
+        raise ValueError(
+            f"{checkpoint} was saved with {before['triples_per_step']} triples a step, and this run has "
+            f"{strategy['triples_per_step']}; give --gradient_accumulation_steps so that processes x batch size x "
+            "accumulation stay the same"
+        )
