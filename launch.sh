@@ -17,7 +17,7 @@
 #SBATCH --job-name=lmolt --requeue --open-mode=append --signal=USR1@120
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-[[ -d lmolt ]] || cd "${SLURM_SUBMIT_DIR:-.}"     # sbatch runs a copy of this file, from elsewhere
+[[ -d lmolt ]] || cd "${SLURM_SUBMIT_DIR:-.}" # sbatch runs a copy of this file, from elsewhere
 [[ -d lmolt ]] || { echo "error: run sbatch in the folder of launch.sh" >&2; exit 2; }
 
 PYTHON=${PYTHON:-python3}
@@ -83,7 +83,8 @@ slurm() {
 # the task that srun starts on each machine
 node() {
     export NODE_RANK=$SLURM_NODEID NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE / NPROC_PER_NODE))}
+    local threads=$((SLURM_CPUS_ON_NODE / NPROC_PER_NODE))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
     train "$@"
 }
 
