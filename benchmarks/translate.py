@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", help="demo, a file, or a Hub data set (default: RDKit's molecules)")
     parser.add_argument("--split")
     parser.add_argument("--direction", choices=("mol2cap", "cap2mol"), default="mol2cap")
-    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--json", type=Path, help="write the figures here")
     return parser.parse_args()

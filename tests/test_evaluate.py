@@ -11,8 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from test_metrics_captions import make_nli
+from test_translate import make_t5
 
 from lmolt.pairs import read_table, write_table
+from lmolt.prompts import CAP2MOL, MOL2CAP
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -271,3 +274,58 @@ def test_the_official_scripts_numbers(script, tmp_path):
                 assert directions[direction]["metrics"][ours.get(key, key)]["value"] == pytest.approx(
                     value, abs=tolerance
                 ), key
+
+
+def test_entailment_by_a_local_model(script, tmp_path):
+    rows = [("C", "a b", "a b"), ("CC", "the c", "d d"), ("CCC", "a", "")]
+    table = ["SMILES\tground truth\toutput", *map("\t".join, rows), ""]
+    (tmp_path / "o.tsv").write_text("\n".join(table))
+    arguments = ["--predictions", tmp_path / "o.tsv", "--direction", "mol2cap", "--n_bootstrap", 20]
+    (tmp_path / "nli").mkdir()
+    make_nli(tmp_path / "nli", ["contradiction", "entailment", "neutral"])
+    script(*arguments, "--nli_model", tmp_path / "nli", "--output", tmp_path / "with")
+    found = json.loads((tmp_path / "with" / "metrics.json").read_text())["directions"]["mol2cap"]["metrics"]
+    assert 0 < found["nli_entailment"]["value"] < 2 / 3 and found["nli_entailment"]["n"] == 3  # the empty one counts 0
+    assert str(tmp_path / "nli") in found["nli_entailment"]["convention"] and "value" in found["nli_win_rate"]
+    report = (tmp_path / "with" / "report.md").read_text()
+    assert "percentile of Entailment" in report and "Entailment needs --nli_model" not in report
+    script(*arguments, "--nli_model", tmp_path / "none", "--output", tmp_path / "without")
+    found = json.loads((tmp_path / "without" / "metrics.json").read_text())["directions"]["mol2cap"]["metrics"]
+    assert "could not be loaded" in found["nli_entailment"]["absent"] and "value" in found["rougeL"]
+
+
+def test_a_sequence_to_sequence_model_and_a_quantised_one(script, tiny_policy, tmp_path):
+    import torch
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    from lmolt.prompts import build_prompt, encode_prompt
+    from lmolt.translate import load_translator
+
+    def outputs(*arguments):
+        script(*arguments, "--pairs", tmp_path / "pairs.csv", "--max_new_tokens", 12, "--n_bootstrap", 5, "--no_fcd",
+               "--output", tmp_path / "out")  # fmt: skip
+        rows = read_table(tmp_path / "out" / "predictions.parquet")
+        shutil.rmtree(tmp_path / "out")
+        return [row["prediction"] for row in rows]
+
+    def plain(model, tokenizer, prompts, causal):
+        texts = []
+        for prompt in prompts:
+            made = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0]
+            texts.append(tokenizer.decode(made[len(prompt) * causal :], skip_special_tokens=True).strip())
+        return texts
+
+    write_table([{"molecule": m, "caption": c} for m, c in PAIRS], tmp_path / "pairs.csv")
+    sources = [*((MOL2CAP, m) for m, _ in PAIRS), *((CAP2MOL, c) for _, c in PAIRS)]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    make_t5(tiny_policy, tmp_path / "t5")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "t5").eval()
+    expected = plain(model, tokenizer, [tokenizer(text)["input_ids"] for _, text in sources], causal=False)
+    assert outputs("--model", tmp_path / "t5") == expected and len(set(expected)) > 2
+    model, _ = load_translator(str(tiny_policy), load_in_4bit=True)
+    expected = plain(
+        model, tokenizer, [encode_prompt(tokenizer, build_prompt(*source)) for source in sources], causal=True
+    )
+    assert outputs("--model", tiny_policy, "--load_in_4bit") == expected
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        outputs("--model", tmp_path / "t5", "--load_in_4bit")

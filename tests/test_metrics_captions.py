@@ -215,16 +215,16 @@ def test_functional_groups():
     assert found["group_missed"][0] == 0
 
 
-@pytest.mark.parametrize("labels", [["entailment", "neutral", "contradiction"], ["CONTRADICTION", "ENTAILMENT", "N"]])
-def test_nli_reads_the_label_order(tmp_path, labels):
+def make_nli(folder: Path, labels: list[str]) -> Path:
+    """A random DeBERTa of one layer over the words a, b, c, d, the."""
     import torch
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast, DebertaConfig, DebertaForSequenceClassification
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d", "the"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    inner = BertWordPieceTokenizer(str(tmp_path / "vocab.txt"))
-    BertTokenizerFast(tokenizer_object=inner._tokenizer, model_max_length=64).save_pretrained(tmp_path)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    inner = BertWordPieceTokenizer(str(folder / "vocab.txt"))
+    BertTokenizerFast(tokenizer_object=inner._tokenizer, model_max_length=64).save_pretrained(folder)
     torch.manual_seed(0)
     config = DebertaConfig(
         vocab_size=len(words),
@@ -236,9 +236,18 @@ def test_nli_reads_the_label_order(tmp_path, labels):
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
     )
-    model = DebertaForSequenceClassification(config).eval()
+    model = DebertaForSequenceClassification(config)
     torch.nn.init.normal_(model.classifier.weight)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("labels", [["entailment", "neutral", "contradiction"], ["CONTRADICTION", "ENTAILMENT", "N"]])
+def test_nli_reads_the_label_order(tmp_path, labels):
+    import torch
+    from transformers import BertTokenizerFast, DebertaForSequenceClassification
+
+    model = DebertaForSequenceClassification.from_pretrained(make_nli(tmp_path, labels)).eval()
     references, predictions = ["a b", "the a", "d", "a " * 100], ["b c", "", "c d a b", "b"]
     probability, wins = entailment(references, predictions, str(tmp_path))
     tokenizer = BertTokenizerFast.from_pretrained(tmp_path)

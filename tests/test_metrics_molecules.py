@@ -105,6 +105,8 @@ def test_all_invalid_identical_and_bad_references():
     for key in ("exact_match", "maccs", "rdk", "morgan", "chrf", "win_rate", "scaffold_match"):
         assert found[key]["value"] == pytest.approx(1) and found[key]["ci95"] == pytest.approx([1, 1])
     assert found["fcd"]["value"] == pytest.approx(0, abs=1e-4)
+    found = score("cap2mol", [""] * 6, REFERENCES, ["CCO"] * 6, n_bootstrap=20)[0]["metrics"]
+    assert found["uniqueness"]["value"] == pytest.approx(1 / 6) and found["fcd"]["value"] > 0
     with pytest.raises(ValueError, match=r"row 2: the reference 'C\(' is not a molecule RDKit can read"):
         score("cap2mol", [""] * 2, ["C", "C("], ["C", "C"])
 

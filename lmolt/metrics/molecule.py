@@ -4,6 +4,7 @@ RDKit's share, nearly all of the time, runs in a pool of processes over the dist
 for the references (`cache_dir`). Nothing is computed twice for a SMILES, nor at all for a pair of equal strings.
 """
 
+import gc
 import hashlib
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -117,13 +118,14 @@ def _quietly(function, items: list) -> list:
 
 
 def in_processes(function, items: list, num_workers: int | None = None) -> list:
-    """`[function(item) for item in items]` over processes, RDKit's log silenced; long SMILES first, for balance."""
+    """`[function(item) for item in items]` over processes, RDKit's log silenced; the longest first, for balance."""
     workers = num_workers or len(os.sched_getaffinity(0))
     if workers == 1 or len(items) < _FEW:
         return _quietly(function, items)
-    size = lambda item: len(item) if isinstance(item, str) else sum(map(len, item[:2]))
-    order = sorted(range(len(items)), key=lambda i: -size(items[i]))
-    chunks = [order[start :: 16 * workers] for start in range(16 * workers)]
+    length = lambda item: len(item) if isinstance(item, str) else sum(map(len, item[:2]))
+    order = sorted(range(len(items)), key=lambda i: -length(items[i]))
+    size = -(-len(order) // (16 * workers))
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
     futures = [_pool(workers).submit(_quietly, function, [items[i] for i in chunk]) for chunk in chunks]
     results = [None] * len(items)
     for chunk, future in zip(chunks, futures, strict=True):
@@ -134,8 +136,11 @@ def in_processes(function, items: list, num_workers: int | None = None) -> list:
 
 @cache
 def _pool(workers: int) -> ProcessPoolExecutor:
-    """Forked once and kept: RDKit need not be imported again, and memory is not copied again for each metric."""
-    return ProcessPoolExecutor(workers, mp_context=get_context("fork"))
+    """Forked once and kept: RDKit need not be imported again, and memory is not copied again for each metric.
+
+    A child's garbage collections pass over what it has of its parent, else they would touch and so copy all of it.
+    """
+    return ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=gc.freeze)
 
 
 def compare(

@@ -11,7 +11,8 @@ from lmolt.metrics import score
 
 _DESCRIPTION = """\
 Generated captions of molecules against reference captions: BLEU-2, BLEU-4, ROUGE-1/2/L, METEOR, delta length, NLI
-entailment and win rate, functional groups claimed that the molecule lacks, L+M-24's property precision/recall/F1. The
+entailment and win rate, functional groups claimed that the molecule lacks, L+M-24's property precision/recall/F1, and
+BLEU-2 and ROUGE-L less those of the same captions shuffled among the molecules (what they owe to the molecule). The
 numbers equal those of MolT5's and L+M-24's scripts to 1e-6, and each comes with a 95 % bootstrap interval, n and the
 convention it holds under.
 """
@@ -20,8 +21,9 @@ Args:
     predictions (list of str): generated captions; an empty one is counted.
     references (list of str): one reference caption each.
     sources (list of str, optional): the molecules as SMILES, for the functional groups.
-    text_tokenizer, nli_model, nltk_data, property_tree, n_bootstrap, seed, num_workers: as lmolt.metrics.score. Without
-        `text_tokenizer` (SciBERT's, for published numbers) plain words are used and the numbers are not comparable.
+    text_tokenizer, nli_model, nltk_data, property_tree, n_shuffles, n_bootstrap, seed, num_workers: as
+        lmolt.metrics.score. Without `text_tokenizer` (SciBERT's, for published numbers) plain words are used and the
+        numbers are not comparable.
 Returns:
     dict: each defined metric's value by name, and "details": {"counts", "metrics"} with intervals and conventions,
         where a metric that could not be computed has its reason.
