@@ -33,6 +33,7 @@ from collections import Counter
 from datetime import UTC, datetime
 from importlib.metadata import version
 
+from lmolt import __version__
 from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP
 
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # as accelerate launch numbers them; it alone prints and writes
@@ -87,6 +88,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--output {args.output}: triples are .parquet or .jsonl")
     if args.temperature is None:
         args.temperature = 1.0 if args.num_candidates > 1 else 0.0
+    if args.num_beams > 1 and args.temperature:
+        parser.error(
+            f"--num_beams {args.num_beams}: beams are not sampled; leave out --temperature and --num_candidates"
+        )
     if args.num_candidates < 1 or (args.num_candidates > 1 and not args.temperature):
         parser.error(
             f"--num_candidates {args.num_candidates} at --temperature {args.temperature}: candidates are sampled"
@@ -154,7 +159,7 @@ def summary(args: argparse.Namespace, pairs: dict, models: dict, counts: Counter
         "sha256": {path.name: sha256(path) for path in files if path is not None and path.is_file()},
         "pairs_sha256": used,
         "models": models,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"lmolt": __version__} | {name: version(name) for name in PACKAGES},
         "arguments": {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()},
     }
 
@@ -165,7 +170,7 @@ def main() -> None:
     from lmolt.negatives import describe, figure, table, triples_of
     from lmolt.triples import write_triples
 
-    # --- pairs
+    # --- pairs of each direction
     counts = Counter()
     if args.pairs == "demo":
         use_demo(args)
@@ -195,21 +200,17 @@ def main() -> None:
     # --- write; the others end without waiting, their translations being gathered
     if not FIRST_PROCESS:
         return
-    write_triples(triples, args.output)
+    from lmolt.report import write_whole
+
     write_whole(args.output.with_suffix(".png"), figure(triples, similarities))
+    write_triples(triples, args.output)
     record = summary(args, pairs, models, counts, described)
-    write_whole(args.output.with_suffix(".json"), json.dumps(record, indent=1, ensure_ascii=False).encode())
+    write_whole(args.output.with_suffix(".json"), json.dumps(record, indent=1, ensure_ascii=False))
     shutil.rmtree(journal, ignore_errors=True)
     for cause, n in sorted(counts.items()):
         print(f"  {n:7,} {cause}")
     print(table(described))
     print(f"wrote {args.output}: {len(triples)} triples; beside it a summary (.json) and its figure (.png)")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def use_demo(args: argparse.Namespace) -> None:
