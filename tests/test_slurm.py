@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from test_two_nodes import CPO, one_process, steps
 
@@ -67,10 +68,9 @@ def slurm(tmp_path_factory):
         ["slurmd", "-D", "-N", socket.gethostname()],
         ["slurmd", "-D", "-N", "zz"],
     ]
-    running = []
-    for daemon in daemons:
-        with (folder / f"{daemon[0]}{len(running)}.out").open("w") as log:
-            running.append(subprocess.Popen(daemon, env=environment, stdout=log, stderr=log))
+    for number, daemon in enumerate(daemons):
+        with (folder / f"{number}.out").open("w") as log:
+            subprocess.Popen(daemon, env=environment, stdout=log, stderr=log)
         time.sleep(0.5)
     command = lambda *words: (
         subprocess.run(
@@ -82,10 +82,12 @@ def slurm(tmp_path_factory):
         yield command
     finally:
         command("scancel", "--user=root")
-        for daemon in reversed(running):
-            daemon.terminate()
-        for daemon in running:
-            daemon.wait(timeout=20)
+        end = time.monotonic() + 40  # Slurm lets jobs end for 30 s
+        while command("squeue", "--noheader") and time.monotonic() < end:
+            time.sleep(0.2)
+        for process in psutil.process_iter(["environ"]):  # the daemons, wherever they are
+            if (process.info["environ"] or {}).get("SLURM_CONF") == environment["SLURM_CONF"]:
+                process.kill()
 
 
 def until(happens, log: Path, seconds: float) -> None:
