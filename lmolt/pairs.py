@@ -174,9 +174,10 @@ def read_pairs(
 
     Columns `molecule` (or `SMILES`) and `caption` (or `description`); `id` (or `CID`), else the row's number. `split`
     selects by the table's `split` column, or names the file or the Hub's split; `default_split` stands in for it where
-    there is such a split. Backslashes that ChEBI-20's files double are made single. Rows with an empty molecule or
-    caption are a `ValueError`, or left out where `invalid` is "drop". All this is counted in `counts`. `seed` samples
-    a corpus whose test set is a sample. `ValueError`/`FileNotFoundError` with file, row, value and remedy.
+    there is such a split; with neither, a table's pairs are all taken. Backslashes that ChEBI-20's files double are
+    made single. Rows with an empty molecule or caption are a `ValueError`, or left out where `invalid` is "drop". All
+    this is counted in `counts`. `seed` samples a corpus whose test set is a sample. `ValueError`/`FileNotFoundError`
+    with file, row, value and remedy.
     """
     spec, counts = str(spec), Counter() if counts is None else counts
     if spec == "demo":
@@ -210,7 +211,7 @@ def read_pairs(
 
 def _of_split(pairs: list[dict], split: str | None, default_split: str | None, where: str) -> list[dict]:
     if split is None:
-        return [pair for pair in pairs if pair.get("split") == default_split] or pairs
+        return [pair for pair in pairs if pair.get("split", "") == default_split] or pairs
     if all("split" not in pair for pair in pairs):
         raise ValueError(f"{where}: no column 'split' to select {split!r} by")
     if not (selected := [pair for pair in pairs if pair.get("split") == split]):

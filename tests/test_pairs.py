@@ -108,6 +108,11 @@ def test_the_default_split_is_taken_where_there_is_one(tmp_path):
     assert read_pairs(tmp_path / "t.jsonl", default_split="test") == rows[1:]
     assert read_pairs(tmp_path / "t.jsonl", default_split="validation") == rows
     assert read_pairs(tmp_path / "t.jsonl", "train", default_split="test") == rows[:1]
+    write_table([*rows, ROWS[0]], tmp_path / "t.jsonl")
+    assert (
+        len(read_pairs(tmp_path / "t.jsonl")) == 3
+        and read_pairs(tmp_path / "t.jsonl", default_split="test") == rows[1:]
+    )
 
 
 def test_a_folder_of_chebi20_files(tmp_path):
