@@ -22,7 +22,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 PYTHON=${PYTHON:-python3}
 DEMO=runs/demo
-SUPERVISOR=()
+SUPERVISOR=(env)
 
 set_up() {
     local wanted
