@@ -4,8 +4,9 @@
     python benchmarks/merge_vs_mergekit.py --sizes S M --methods ties --parity --json merge.json
 
 Both run in turn as a user runs them, start-up included, under GNU time (apt-get install time): wall and CPU seconds
-(user + system) and peak resident memory. `cp` of the output is the limit. The models: bf16, hidden size 2048, 32,000
-tokens, sharded; S has 285M parameters, M 542M. --parity compares a second merge of ours, with --rounding mergekit, to
+(user + system) and peak resident memory. `cp` of the output is the limit. Each run finds its inputs in the page cache:
+whichever came first would pay for reading them from the disk. The models: bf16, hidden size 2048, 32,000 tokens,
+sharded; S has 285M parameters, M 542M. --parity compares a second merge of ours, with --rounding mergekit, to
 mergekit's output, whose argsort is made stable for it (it leaves the order of equal magnitudes open).
 CPU seconds are the figures to trust where other work shares the cores.
 """
@@ -105,8 +106,12 @@ def ours(folder: Path, method: str, output: Path, *options: str) -> list[str]:
     return command + (["--base", str(folder / "base"), "--density", str(DENSITY)] if method == "ties" else [])
 
 
-def timed(command: list[str]) -> dict[str, float]:
-    """Seconds of wall and CPU, peak MB; `ValueError` if the command fails."""
+def timed(command: list[str], inputs: Path) -> dict[str, float]:
+    """Seconds of wall and CPU, peak MB, with `inputs` read before; `ValueError` if the command fails."""
+    for file in inputs.glob("*/*.safetensors"):
+        with file.open("rb") as stream:
+            while stream.read(1 << 20):
+                pass
     with tempfile.NamedTemporaryFile("r") as report:
         run = subprocess.run(
             ["/usr/bin/time", "-o", report.name, "-f", "%e %U %S %M", *command], capture_output=True, text=True
@@ -152,10 +157,10 @@ def main() -> None:
             outputs = {who: folder / f"{method}_{who}" for who in ("ours", "mergekit", "cp", "rounded", "stable")}
             for output in outputs.values():
                 shutil.rmtree(output, ignore_errors=True)
-            rows["ours"] = timed(ours(folder, method, outputs["ours"]))
-            rows["cp"] = timed(["cp", "-r", str(outputs["ours"]), str(outputs["cp"])])
+            rows["ours"] = timed(ours(folder, method, outputs["ours"]), folder)
+            rows["cp"] = timed(["cp", "-r", str(outputs["ours"]), str(outputs["cp"])], folder)
             if not args.without_mergekit:
-                rows["mergekit"] = timed([args.mergekit, str(recipe), str(outputs["mergekit"])])
+                rows["mergekit"] = timed([args.mergekit, str(recipe), str(outputs["mergekit"])], folder)
             for who, row in rows.items():
                 ratio = f"{row['cpu'] / rows['ours']['cpu']:8.1f}" if who == "mergekit" else ""
                 numbers = f"{row['wall']:7.1f} {row['cpu']:7.1f} {row['peak_rss_mb']:8.0f}"
@@ -167,8 +172,8 @@ def main() -> None:
                 figures[f"{method}_cpu_speedup"] = rows["mergekit"]["cpu"] / rows["ours"]["cpu"]
             if args.parity:
                 python = Path(args.mergekit).with_name("python")
-                timed([str(python), "-c", STABLE, str(recipe), str(outputs["stable"])])
-                timed(ours(folder, method, outputs["rounded"], "--rounding", "mergekit"))
+                timed([str(python), "-c", STABLE, str(recipe), str(outputs["stable"])], folder)
+                timed(ours(folder, method, outputs["rounded"], "--rounding", "mergekit"), folder)
                 for who in ("ours", "rounded"):
                     share = differing(outputs[who], outputs["stable"])
                     figures[f"{method}_{size}_{who}_share_unlike_mergekit"] = share
