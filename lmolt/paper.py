@@ -129,7 +129,7 @@ def plan(name: str, only: list[str] | None = None, trust_remote_code: bool = Fal
         command = ["python", "scripts/merge.py", "--recipe", recipe, "--models", meditron[CAP2MOL], meditron[MOL2CAP]]
         command += ["--base", scale.base] if method == "ties" else []
         command += [*scale.fuse, "--output", f"{folder}/{method}"]
-        stages.append(Stage(method, f"{folder}/{method}/config.json", command, first, 0, 0.2 if full else 0.01))
+        stages.append(Stage(method, f"{folder}/{method}/config.json", command, first, 0, 0.2 if full else 0.002))
 
     # --- training, each row from its start; evaluation of every row
     for row, system in rows.items():
@@ -140,14 +140,14 @@ def plan(name: str, only: list[str] | None = None, trust_remote_code: bool = Fal
             if scale.train:
                 command += [*scale.train, "--model", system.models[CAP2MOL], "--output_dir", system.adapters[CAP2MOL]]
             needs = ["triples", *(method for method in FUSED if row.startswith(method))]
-            memory, hours = (TRAIN_MEMORY, TRAIN_HOURS[loss]) if full else (0, 0.015)
+            memory, hours = (TRAIN_MEMORY, TRAIN_HOURS[loss]) if full else (0, 0.01)
             leaves = f"{folder}/{row}/adapter_model.safetensors"
             stages.append(Stage(row, leaves, command, needs, memory, hours))
             needs = [row]
         output = f"{folder}/evaluation/{row}"
         command = ["python", "scripts/evaluate.py", "--system", row, "--name", ROWS[row], *scale.evaluate]
         command += ["--systems", scale.systems] * (not full) + ["--trust_remote_code"] * system.trust_remote_code
-        memory, hours = (2 * system.parameters / 1e9 + 4, 0.5) if full else (0, 0.012)  # GB of keys and values: 4
+        memory, hours = (2 * system.parameters / 1e9 + 4, 0.5) if full else (0, 0.003)  # GB of keys and values: 4
         command += ["--output", output]
         stages.append(Stage(f"evaluate {row}", f"{output}/metrics.json", command, needs, memory, hours))
 

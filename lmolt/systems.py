@@ -9,12 +9,12 @@ import yaml
 from lmolt.prompts import CAP2MOL, DIRECTIONS, STYLES
 
 SYSTEMS = Path(__file__).resolve().parents[1] / "recipes" / "systems.yaml"
-KEEP = ("all", "smiles")
+ARCHITECTURES, KEEP = ("t5", "llama", "internlm2"), ("all", "smiles")
 
 
 class System(NamedTuple):
     name: str
-    architecture: str  # t5, llama, internlm2
+    architecture: str  # of ARCHITECTURES
     parameters: float
     download: float  # GB
     licence: str
@@ -41,7 +41,7 @@ def read_system(name: str, path: Path = SYSTEMS) -> System:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of systems {str(path)!r}; recipes/systems.yaml comes along")
-    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    entries = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if name not in entries:
         near = difflib.get_close_matches(name, entries, n=1)
         raise ValueError(
@@ -58,8 +58,8 @@ def read_system(name: str, path: Path = SYSTEMS) -> System:
     wanted = {"architecture", "parameters", "download", "licence", "prompt"}
     if wrong := (wanted - entry.keys()) | (entry.keys() - wanted - set(System._field_defaults)):
         raise ValueError(f"{where}: missing or unknown: {', '.join(sorted(wrong))}; the file's head has the keys")
-    for key, known in (("prompt", STYLES), ("keep", KEEP)):
-        if entry.get(key, KEEP[0]) not in known and key in entry:
+    for key, known in {"architecture": ARCHITECTURES, "prompt": STYLES, "keep": KEEP}.items():
+        if key in entry and entry[key] not in known:
             raise ValueError(f"{where}: {key} is {entry[key]!r}; use one of {', '.join(known)}")
     entry["stop"] = tuple(entry.get("stop", ()))
     models = {direction: part["model"] for direction, part in parts.items()}
@@ -98,6 +98,8 @@ def load(
             )
     try:
         if system.architecture == "internlm2":
+            if load_in_4bit or adapter:
+                raise ValueError(f"{name} is read as a Llama here, neither in 4 bit nor with an adapter")
             device = process_state().device
             dtype = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
             tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)

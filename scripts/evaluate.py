@@ -3,14 +3,16 @@
     accelerate launch scripts/evaluate.py --model runs/demo/models/cap2mol --pairs demo --limit 50 --output runs/start
     accelerate launch scripts/evaluate.py --model runs/demo/models/cap2mol --adapter runs/demo/cpo --pairs demo \\
         --limit 50 --output runs/aligned
+    python scripts/evaluate.py --system molt5 --systems recipes/systems_demo.yaml --pairs demo --output runs/molt5
     python scripts/evaluate.py --compare runs/start CPO=runs/aligned --baseline start --output runs/compared
     python scripts/evaluate.py --predictions runs/start/predictions.parquet --direction cap2mol --output runs/again
 
 (as printed once ./launch.sh has made runs/demo). Pairs: demo, a .csv/.tsv/.jsonl/.parquet file with molecule and
-caption, or a Hub data set. Predictions: the reference scripts' tables (tab-separated: SMILES or description, ground
-truth, output), .parquet/.jsonl with source, reference and prediction, or one output a line beside --pairs. Writes
-predictions.parquet, scores.parquet, report.md, report.html, figures and, last, metrics.json to --output; a run that was
-killed goes on where it was. --push_to_hub --hub_model_id OWNER/NAME puts the metrics on that model's card.
+caption, or a Hub data set. Systems: the paper's, with their prompts and stop rules, are in recipes/systems.yaml.
+Predictions: the reference scripts' tables (tab-separated: SMILES or description, ground truth, output), .parquet/.jsonl
+with source, reference and prediction, or one output a line beside --pairs. Writes predictions.parquet, scores.parquet,
+report.md, report.html, figures and, last, metrics.json to --output; a run that was killed goes on where it was.
+--push_to_hub --hub_model_id OWNER/NAME puts the metrics on that model's card.
 """
 
 import sys
