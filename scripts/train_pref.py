@@ -18,6 +18,7 @@ sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` 
 
 import hashlib
 import shutil
+import warnings
 from collections import Counter
 from importlib.metadata import version
 
@@ -187,6 +188,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     hf_logging.set_verbosity_warning()
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's, at each step
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:

@@ -1,0 +1,152 @@
+"""Two processes under each strategy train NF4 QLoRA like one: the same losses, adapter and resumption."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lmolt import strategy
+from lmolt.triples import write_triples
+
+ROOT = Path(__file__).resolve().parents[1]
+STRATEGIES = {"ddp": ("DDP", "none"), "zero2": ("ZeRO-2", "none"), "zero3": ("ZeRO-3", "none")}
+STRATEGIES |= {"zero3_offload": ("ZeRO-3", "cpu")}
+
+
+def train(folder: Path, job: list, processes: int, name: str | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable]
+    if name:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command += ["-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / f"{name}.yaml"]
+        command += ["--num_processes", processes, "--main_process_port", port]
+    command += [ROOT / "scripts" / "train_pref.py", *job, "--output_dir", folder]
+    command += ["--per_device_train_batch_size", 4 // processes, "--per_device_eval_batch_size", 4 // processes]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240
+    )
+
+
+def finished(folder: Path, done: subprocess.CompletedProcess) -> SimpleNamespace:
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return SimpleNamespace(
+        folder=folder,
+        run=json.loads((folder / "run.json").read_text()),
+        steps=[row for row in log if "loss" in row],
+        evaluations=[row for row in log if "eval_loss" in row],
+    )
+
+
+def equal(one: SimpleNamespace, two: SimpleNamespace, rel: float) -> None:
+    """The same losses, and the same adapter by its logits."""
+    assert [row["step"] for row in two.steps] == [row["step"] for row in one.steps] == [1, 2, 3, 4]
+    assert [row["loss"] for row in two.steps] == pytest.approx([row["loss"] for row in one.steps], rel=rel)
+    assert [row["eval_loss"] for row in two.evaluations] == pytest.approx(
+        [row["eval_loss"] for row in one.evaluations], rel=rel
+    )
+    # NF4's products are in bf16 whatever the rest is, and so are the gradients
+    assert [row["grad_norm"] for row in two.steps] == pytest.approx([row["grad_norm"] for row in one.steps], rel=2e-2)
+    model = one.run["arguments"]["model"]
+    start, of_one, of_two = logits(model), logits(model, one.folder), logits(model, two.folder)
+    assert (of_two - of_one).abs().max() < 0.05 * (of_one - start).abs().max()
+
+
+def logits(model: str, adapter: Path | None = None) -> torch.Tensor:
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if adapter is not None:
+        policy = PeftModel.from_pretrained(policy, adapter)
+    with torch.no_grad():
+        return policy(torch.arange(3, 40)[None]).logits
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, tiny_policy, few_triples) -> list:
+    """Seven rows, which neither two processes nor steps of four divide, to train on and to evaluate."""
+    triples = tmp_path_factory.mktemp("data") / "triples.jsonl"
+    write_triples(few_triples[:7], triples)
+    arguments = ["--loss", "cpo", "--model", tiny_policy, "--triples", triples, "--eval_triples", triples]
+    arguments += ["--num_train_epochs", 2, "--gradient_accumulation_steps", 1, "--learning_rate", "1e-3"]
+    return arguments + ["--lora_r", 8, "--lora_dropout", 0, "--load_best_model_at_end", "false"]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, job) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("one")
+    return finished(folder, train(folder, [*job, "--bf16", "false"], 1))
+
+
+@pytest.fixture(scope="module", params=STRATEGIES)
+def two(request, tmp_path_factory, job) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp(request.param)
+    return finished(folder, train(folder, [*job, "--bf16", "false"], 2, request.param))
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(one, two, request):
+    name = request.node.callspec.params["two"]
+    ran, offload = STRATEGIES[name]
+    expected = {"name": ran, "offload": offload, "world_size": 2, "triples_per_step": 4}
+    assert two.run["strategy"] == expected
+    assert one.run["strategy"] == expected | {"name": "single", "offload": "none", "world_size": 1}
+    equal(one, two, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_resumes(two, request, tmp_path, job):
+    """From the first epoch's checkpoint, to the adapter of the run that wasn't interrupted."""
+    name = request.node.callspec.params["two"]
+    shutil.copytree(two.folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    job = [*job, "--bf16", "false", "--resume_from_checkpoint", "true"]
+    if name == "ddp":  # goes on in one process
+        done = train(tmp_path, job, 1)
+    else:
+        done = train(tmp_path, job, 2, name)
+    resumed = finished(tmp_path, done)
+    assert f"resumes from {tmp_path / 'checkpoint-2'}" in done.stdout
+    equal(two, resumed, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_bf16_under_zero3(tmp_path, job):
+    """The default's precision; DeepSpeed keeps the adapter itself in bf16 and its optimizer in fp32."""
+    one = finished(tmp_path / "one", train(tmp_path / "one", job, 1))
+    two = finished(tmp_path / "two", train(tmp_path / "two", job, 2, "zero3"))
+    equal(one, two, rel=2e-2)
+
+
+@pytest.mark.slow
+def test_what_would_not_run_as_asked_is_an_error(tmp_path, job):
+    """accelerate would run DDP instead of FSDP on CPUs; under ZeRO-3 processes can't translate each its share."""
+    job = [*job, "--bf16", "false"]
+    done = train(tmp_path / "fsdp", job, 2, "fsdp_qlora")
+    assert done.returncode != 0
+    assert "FSDP was asked for and MULTI_CPU would run; it needs GPUs" in done.stderr
+    done = train(tmp_path / "zero3", [*job, "--eval_translations", 2], 2, "zero3")
+    assert done.returncode != 0
+    assert "--eval_translations needs the whole model in each process, and ZeRO-3 shards it" in done.stderr
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    saved = {"name": "ZeRO-3", "offload": "none", "world_size": 2, "triples_per_step": 64}
+    strategy.write(tmp_path, saved)
+    strategy.check_resumable(tmp_path, saved | {"offload": "cpu"})
+    with pytest.raises(ValueError, match="saved by ZeRO-3 in 2 processes .* can't be resumed by ZeRO-3 in 4 processes"):
+        strategy.check_resumable(tmp_path, saved | {"world_size": 4})
+    with pytest.raises(ValueError, match="can't be resumed by single in 1 process"):
+        strategy.check_resumable(tmp_path, saved | {"name": "single", "world_size": 1})
+    strategy.write(tmp_path, saved | {"name": "DDP"})
+    strategy.check_resumable(tmp_path, saved | {"name": "single", "world_size": 1})
+    with pytest.raises(ValueError, match="64 triples a step, and this run has 128; give --gradient_accumulation_steps"):
+        strategy.check_resumable(tmp_path, saved | {"name": "DDP", "world_size": 4, "triples_per_step": 128})
