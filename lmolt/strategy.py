@@ -1,4 +1,4 @@
-"""How processes share out the work: what really runs, what it can't do, and which runs can go on from its checkpoints."""
+"""How processes share out the work: what really runs, what it can't do, which run can go on from its checkpoints."""
 
 import json
 import os
