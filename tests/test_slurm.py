@@ -94,7 +94,7 @@ def until(happens, log: Path, seconds: float) -> None:
     end = time.monotonic() + seconds
     while not happens():
         logs = sorted(log.glob("*.out")) if log.is_dir() else [log]
-        assert time.monotonic() < end, [file.read_text()[-3000:] for file in logs if file.exists()]
+        assert time.monotonic() < end, [file.read_text(errors="replace")[-3000:] for file in logs if file.exists()]
         time.sleep(0.2)
 
 
@@ -109,13 +109,18 @@ def test_a_job_that_is_asked_to_stop_requeues_and_goes_on(slurm, tmp_path, tiny_
     job = re.search(r"Submitted batch job (\d+)", said)[1]
     until(lambda: (out / "checkpoint-5").exists(), log, 90)
     slurm("scancel", "--signal=USR1", job)
-    until(lambda: "asked to stop: saved" in log.read_text(), log, 30)
-    stopped = int(re.search(r"saved \S+/checkpoint-(\d+)", log.read_text())[1])
-    until(lambda: "JobState=PENDING" in slurm("scontrol", "show", "job", job), log, 30)
-    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits two minutes before it starts a job again
+    until(lambda: "asked to stop: saved" in log.read_text(errors="replace"), log, 30)
+    stopped = int(re.search(r"saved \S+/checkpoint-(\d+)", log.read_text(errors="replace"))[1])
+
+    def goes_on() -> bool:  # of itself in two minutes, Slurm's pause before it starts a job again
+        slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+        shown = slurm("scontrol", "show", "job", job)
+        return "JobState=RUNNING" in shown and "Restarts=1" in shown
+
+    until(goes_on, log, 60)
     until(lambda: (out / "adapter_model.safetensors").exists(), log, 90)
     until(lambda: "JobState=COMPLETED" in slurm("scontrol", "show", "job", job), log, 30)
-    assert f"resumes from {out}/checkpoint-{stopped}" in log.read_text()
+    assert f"resumes from {out}/checkpoint-{stopped}" in log.read_text(errors="replace")
     assert json.loads((out / "run.json").read_text())["world_size"] == 2
     expected = one_process(tmp_path / "one", *arguments, 4)
     assert [row["loss"] for row in steps(out)] == pytest.approx([row["loss"] for row in expected], rel=1e-4)

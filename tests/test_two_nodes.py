@@ -47,7 +47,7 @@ class TwoNodes:
         return [self.run(node, ROOT / "launch.sh", "train", *arguments, **environment) for node in (0, 1)]
 
     def said(self, node: int) -> str:
-        return self.logs[node].read_text()
+        return self.logs[node].read_text(errors="replace")  # a bar may be half written
 
     def remove(self) -> None:
         for name in self.names:
