@@ -119,10 +119,13 @@ def test_resumes(two, request, tmp_path, job):
 
 
 @pytest.mark.slow
-def test_bf16_under_zero3(tmp_path, job):
-    """The default's precision; DeepSpeed keeps the adapter itself in bf16 and its optimizer in fp32."""
+def test_kto_in_bf16_under_zero3(tmp_path, job, monkeypatch):
+    """KTO asks the most: reference log-probabilities, and z over all processes. bf16 is the default's precision."""
+    job = [*job, "--loss", "kto"]
     one = finished(tmp_path / "one", train(tmp_path / "one", job, 1))
+    monkeypatch.setenv("LMOLT_CACHE", str(tmp_path / "another"))
     two = finished(tmp_path / "two", train(tmp_path / "two", job, 2, "zero3"))
+    assert "computed" in one.run["reference"] and "computed" in two.run["reference"]
     equal(one, two, rel=2e-2)
 
 
