@@ -49,9 +49,8 @@ launch() {
             --num_processes "$processes" --num_machines "$nodes" --machine_rank "${NODE_RANK:-0}"
             --main_process_port "${MASTER_PORT:-29500}")
     fi
-    if ((nodes > 1)); then
+    ((nodes == 1)) ||
         launcher+=(--main_process_ip "$MASTER_ADDR" --same_network --deepspeed_multinode_launcher standard)
-    fi
     "${SUPERVISOR[@]}" "${launcher[@]}" "$@"
 }
 
@@ -70,9 +69,7 @@ train() {
 slurm() {
     export NNODES=$SLURM_JOB_NUM_NODES MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    if ((${SLURM_RESTART_COUNT:-0} > 0)); then
-        set -- "$@" --resume_from_checkpoint true
-    fi
+    ((${SLURM_RESTART_COUNT:-0} == 0)) || set -- "$@" --resume_from_checkpoint true
     local status=0
     srun --nodes "$NNODES" --ntasks "$NNODES" --ntasks-per-node 1 --cpus-per-task "$SLURM_CPUS_ON_NODE" \
         ./launch.sh node "$@" || status=$?
