@@ -120,8 +120,8 @@ def test_resumes(two, request, tmp_path, job):
 
 @pytest.mark.slow
 def test_kto_in_bf16_under_zero3(tmp_path, job, monkeypatch):
-    """KTO asks the most: reference log-probabilities, and z over all processes. bf16 is the default's precision."""
-    job = [*job, "--loss", "kto"]
+    """KTO asks the most: reference log-probabilities, z over all processes; bf16 and the best model by default."""
+    job = [*job, "--loss", "kto", "--load_best_model_at_end", "true"]
     one = finished(tmp_path / "one", train(tmp_path / "one", job, 1))
     monkeypatch.setenv("LMOLT_CACHE", str(tmp_path / "another"))
     two = finished(tmp_path / "two", train(tmp_path / "two", job, 2, "zero3"))
