@@ -149,6 +149,7 @@ def test_evaluate_load(monkeypatch, tmp_path):
     import evaluate
 
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "modules")
+    monkeypatch.syspath_prepend(tmp_path / "modules")  # before the user's own, which may hold other versions
     root = Path(__file__).parents[1] / "metrics"
     molecules = evaluate.load(str(root / "molecules"), cache_dir=str(tmp_path))
     assert isinstance(molecules, evaluate.Metric) and "Chr-F" in molecules.description
