@@ -147,17 +147,17 @@ def fused_sum(values: list[np.ndarray], factors: list[float]) -> np.ndarray:
 def elect(
     deltas: list[np.ndarray], weights: list[float], normalize: bool, scale: float, rounded=lambda x: x
 ) -> tuple[np.ndarray, int]:
-    """TIES' last two steps on trimmed deltas: what is added to the base, and how many values are in conflict.
+    """TIES' last two steps on trimmed deltas, which it overwrites: what is added to the base, and how many conflicts.
 
     `rounded` is applied after every step. Votes are turned so that the elected sign is +: agreeing ones are then > 0.
     """
     number, integer = deltas[0].dtype.type, np.dtype(f"i{deltas[0].itemsize}")
     weights = [rounded(np.array([weight], number))[0] for weight in weights]
-    votes = [rounded(delta * weight) for delta, weight in zip(deltas, weights, strict=True)]
+    votes = [rounded(np.multiply(delta, weight, out=delta)) for delta, weight in zip(deltas, weights, strict=True)]
     elected = rounded(sum(votes[1:], start=votes[0])) if len(votes) > 1 else votes[0].copy()
     elected = elected.view(integer)
     elected &= np.iinfo(integer).min  # its sign bit
-    zeros, conflict = np.zeros_like(votes[0]), False
+    zeros, conflict = np.zeros_like(votes[0]), np.zeros(votes[0].shape, bool)
     for vote in votes:
         turned = vote.view(integer)
         turned ^= elected
@@ -170,9 +170,8 @@ def elect(
     turned ^= elected
     total = rounded(total)
     if normalize:
-        if min(weights) > 0:  # then a divisor of 0 is of a total of 0
-            zeros += min(weights)
-            np.maximum(divisor, zeros, out=divisor)
+        if min(weights) > 1e-20:  # then a divisor of 0 is of a total of 0, and any other is not changed by this
+            divisor += number(1e-37)
         else:
             divisor += divisor == 0
         total = rounded(np.divide(total, divisor, out=total))
@@ -199,7 +198,7 @@ class Bracket:
         self.at_low += np.count_nonzero(piece == self.low)
         inside = piece > self.low
         inside &= piece < self.high
-        self.within.append(piece[inside])
+        self.within.append(piece.compress(inside))
 
     def threshold(self) -> tuple[float, int] | None:
         """The k-th largest magnitude and how many of those equal to it stay; None if it is not in the bracket."""
@@ -344,12 +343,13 @@ def ties_combiner(name, models, base, recipe, work, rounded, record, inner):
 
     def combine(pieces):
         *values, origin = pieces
-        deltas = [rounded(value - origin) for value in values]
-        kept = [delta if trim is None else delta * trim(delta) for delta, trim in zip(deltas, trims, strict=True)]
+        deltas = [rounded(np.subtract(value, origin, out=value)) for value in values]
+        kept = [delta * trim(delta) if trim else delta.copy() for delta, trim in zip(deltas, trims, strict=True)]
         added, conflicts = elect(kept, weights, recipe.normalize, recipe.scale, rounded)
         record["conflicts"] += conflicts
         add_inner_products(inner, [*deltas, added])
-        return origin + added
+        added += origin
+        return added
 
     return combine
 
