@@ -106,6 +106,7 @@ evaluate() { # NAME MODEL [--adapter ADAPTER]
 }
 
 demo() {
+    export DS_ACCELERATOR=cpu # DeepSpeed has no part in this, but would say at each import that it sees no GPU
     local models=$DEMO/models train="scripts/train_pref.py --recipe recipes/demo.yaml --resume_from_checkpoint true"
     stage "pairs and stand-in models" "$models/finished" python -m lmolt.demo
     stage "triples" "$DEMO/triples.parquet" \
