@@ -53,7 +53,7 @@ class Stage(NamedTuple):
     name: str
     leaves: str  # the file that appears last
     command: list[str]
-    needs: list[str] = []  # noqa: RUF012  stages
+    needs: list[str] = []  # stages
     memory: float = 0  # GB on a GPU
     hours: float = 0  # on one A100, or on two CPU cores
 
