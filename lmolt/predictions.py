@@ -38,13 +38,15 @@ def read_predictions(
     """Prediction rows of one direction, and what was odd about the file, counted by cause.
 
     `path` is a reference script's table (told by its header), `.parquet`/`.jsonl` with LMolT's columns, or, beside
-    `pairs`, a file with one output a line. A missing output is an empty prediction, since the system failed;
-    a missing reference is a `ValueError`, since the data did. `ValueError` also on a wrong header, a row count
-    that differs from `pairs`, and bytes that are not `encoding`; `FileNotFoundError` where there is no file.
+    `pairs`, a file with one output a line. A table's references count, whatever `pairs` has. A missing output is an
+    empty prediction, since the system failed; a missing reference is a `ValueError`, since the data did. `ValueError`
+    also on a wrong header, a row count that differs from `pairs`, and bytes that are not `encoding`;
+    `FileNotFoundError` where there is no file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of predictions")
+    beside = False
     if path.suffix in (".parquet", ".jsonl"):
         rows, counts = _from_table(path, direction)
     else:
@@ -55,12 +57,15 @@ def read_predictions(
         if not lines:
             raise ValueError(f"{path}: the file is empty")
         header = lines[0].split("\t")
-        if "ground truth" in header or pairs is None:
-            rows, counts = _from_reference_tsv(path, header, lines[1:], direction)
-        else:
+        beside = pairs is not None and "ground truth" not in header
+        if beside:
             rows, counts = _beside_pairs(path, lines, pairs, direction)
+        else:
+            rows, counts = _from_reference_tsv(path, header, lines[1:], direction)
     if not rows:
         raise ValueError(f"{path}: no {direction} row in it")
+    if pairs is not None and not beside:
+        counts["references_of_file"] = len(rows)
     for number, row in enumerate(rows, 1):
         if not row["reference"].strip():
             raise ValueError(

@@ -118,6 +118,11 @@ def test_our_own_tables_come_back(tmp_path, suffix):
     assert digest(read) != digest(rows_of_pairs(PAIRS, "mol2cap"), ("source", "reference"))
 
 
+def test_a_tables_own_references_count_and_not_the_pairs(tmp_path):
+    rows, counts = read_predictions(write(tmp_path / "o.tsv", HEADER + "one\tCC\tC\n"), "cap2mol", PAIRS)
+    assert rows[0]["reference"] == "CC" and counts == {"references_of_file": 1}
+
+
 def test_a_missing_file():
     with pytest.raises(FileNotFoundError, match="nowhere.tsv: no such file"):
         read_predictions("nowhere.tsv", "cap2mol")
