@@ -11,9 +11,10 @@ import signal
 import sys
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from transformers import TrainerCallback
+
+from lmolt.strategy import leave_group
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -36,7 +37,7 @@ class StopWhenAsked(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if not self.agreed:
             return
-        PartialState().wait_for_everyone()  # nobody ends before the first process has sealed the checkpoint
+        leave_group()  # nobody ends before the first process has sealed the checkpoint
         if state.is_world_process_zero:
             checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
             print(f"asked to stop: saved {checkpoint}; --resume_from_checkpoint true goes on from there", flush=True)

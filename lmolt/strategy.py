@@ -1,10 +1,10 @@
-"""How processes share out the work: what really runs, what it can't do, which run can go on from its checkpoints."""
+"""How processes share out the work: what really runs, what it can't do, what can be resumed, and how they part."""
 
 import json
 import os
 from pathlib import Path
 
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 
 FILE = "strategy.json"
 REMEDIES = {
@@ -62,3 +62,15 @@ def check_resumable(checkpoint: Path, strategy: dict) -> None:
             f"{strategy['triples_per_step']}; give --gradient_accumulation_steps so that processes x batch size x "
             "accumulation stay the same"
         )
+
+
+def leave_group() -> None:
+    """The end of what the processes do together: each may end now, or go on alone for as long as it takes.
+
+    A process that ends while a thread of gloo's still frees a tensor of its last exchange is aborted ("terminate called
+    without an active exception"): that thread wants the interpreter, which is gone. After a barrier it is idle. The
+    group is then given up, so that nobody waits for one that still writes or uploads.
+    """
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()

@@ -367,6 +367,7 @@ class PreferenceTrainer(Trainer):
         output_dir = Path(self.args.output_dir)
         staging = output_dir / "unfinished"
         self.save_model(str(staging), _internal_call=True)  # else Trainer uploads at once, with a card of its own
+        strategy.leave_group()
         if not self.is_world_process_zero():
             return
         check_saved_adapter(staging, self.model)

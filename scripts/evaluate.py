@@ -118,6 +118,7 @@ def chosen_pairs(args: argparse.Namespace, counts: Counter) -> list[dict]:
 def translated(args: argparse.Namespace, system: System | None, pairs: list[dict], counts: dict) -> list[dict]:
     """Prediction rows of `system`, else of --model, the same on every process; `counts` says how many were cut."""
     from lmolt.predictions import rows_of_pairs
+    from lmolt.strategy import leave_group
     from lmolt.translate import load_translator, prompts_for, translate
 
     options = {key: getattr(args, key) for key in ("dtype", "load_in_4bit", "trust_remote_code")}
@@ -148,6 +149,7 @@ def translated(args: argparse.Namespace, system: System | None, pairs: list[dict
         kept = [finish(system, direction, output) for output in outputs] if system else outputs
         counts[direction]["cut_output"] = sum(a != b for a, b in zip(outputs, kept, strict=True))
         rows += [row | {"prediction": output} for row, output in zip(asked, kept, strict=True)]
+    leave_group()
     return rows
 
 

@@ -198,6 +198,10 @@ def main() -> None:
         raise ValueError(f"no pair makes a triple: {dict(counts)}")
 
     # --- write; the others end without waiting, their translations being gathered
+    if prompts:
+        from lmolt.strategy import leave_group
+
+        leave_group()
     if not FIRST_PROCESS:
         return
     from lmolt.report import write_whole

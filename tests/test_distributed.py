@@ -22,14 +22,17 @@ STRATEGIES = {"ddp": ("DDP", "none"), "zero2": ("ZeRO-2", "none"), "zero3": ("Ze
 STRATEGIES |= {"zero3_offload": ("ZeRO-3", "cpu")}
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def train(folder: Path, job: list, processes: int, name: str | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable]
     if name:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         command += ["-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / f"{name}.yaml"]
-        command += ["--num_processes", processes, "--main_process_port", port]
+        command += ["--num_processes", processes, "--main_process_port", free_port()]
     command += [ROOT / "scripts" / "train_pref.py", *job, "--output_dir", folder]
     command += ["--per_device_train_batch_size", 4 // processes, "--per_device_eval_batch_size", 4 // processes]
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
@@ -139,6 +142,25 @@ def test_what_would_not_run_as_asked_is_an_error(tmp_path, job):
     done = train(tmp_path / "zero3", [*job, "--eval_translations", 2], 2, "zero3")
     assert done.returncode != 0
     assert "--eval_translations needs the whole model in each process, and ZeRO-3 shards it" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_process_that_left_its_group_ends_in_peace():
+    """Exchanges are still under way when the work is done: without leaving, one of two is aborted by its own end."""
+    script = (
+        "import torch, torch.distributed as dist; from accelerate import PartialState; PartialState(cpu=True)\n"
+        "from lmolt.strategy import leave_group\n"
+        "for _ in range(500): dist.all_reduce(torch.ones(10), async_op=True)\nleave_group()"
+    )
+    codes = []
+    for _ in range(3):
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        processes = [
+            subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=os.environ | place | {"RANK": str(rank)})
+            for rank in range(2)
+        ]
+        codes += [process.wait(timeout=120) for process in processes]
+    assert codes == [0] * 6
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):
