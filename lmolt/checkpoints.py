@@ -107,8 +107,7 @@ class Checkpoint:
             weight_map, paths = None, [folder / "model.safetensors"]
         for path in paths:
             if not path.is_file():
-                remedy = "its index names it; download it again" if weight_map else "save with safe_serialization=True"
-                raise FileNotFoundError(f"{path}: there is no such file; {remedy}")
+                raise FileNotFoundError(f"{path}: there is no such file; {self._remedy(bool(weight_map))}")
         self.files = {path.name: read_header(path) for path in paths}
         self.entries = {entry.name: entry for entries in self.files.values() for entry in entries}
         if weight_map and (odd := set(weight_map) ^ set(self.entries)):
@@ -117,6 +116,15 @@ class Checkpoint:
         if not config.is_file():
             raise FileNotFoundError(f"{config}: there is no such file; a model folder has one")
         self.config = json.loads(config.read_text())
+
+    def _remedy(self, has_index: bool) -> str:
+        if has_index:
+            return "its index names it; download it again"
+        if (self.folder / "adapter_config.json").is_file():
+            return f"that is an adapter, so fold it into its base first: merge.py --models BASE --adapter {self.folder}"
+        if any(self.folder.glob("*.bin")):
+            return "its weights are pickled: load it with transformers and save_pretrained it, which writes safetensors"
+        return "give the folder that save_pretrained wrote"
 
     def read(self, name: str, work: type = np.float32) -> Iterator[np.ndarray]:
         """The tensor's values, flattened, in pieces of `PIECE`, as `work` (np.float32 or np.float64)."""
@@ -196,6 +204,20 @@ def inspect_file(entries: list[Entry], advance: Callable[[int], object]) -> str:
     return digest.hexdigest()
 
 
+def check_room(folder: Path, layout: dict[str, list], dtype: str) -> None:
+    """`ValueError` if the disk can't take a model of this layout; what an earlier merge left unfinished makes room."""
+    needed = sum(prod(shape) for tensors in layout.values() for _, shape in tensors) * STORAGE[dtype].itemsize
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    left = sum(file.stat().st_size for file in partial_folder(folder).glob("*"))
+    free = shutil.disk_usage(folder.parent).free + left
+    if needed + (1 << 20) > free:
+        raise ValueError(f"{folder}: needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free on that disk")
+
+
+def partial_folder(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
+
+
 class OutputFolder:
     """A model folder in the making: `NAME.partial` beside it, renamed when it is whole.
 
@@ -206,7 +228,7 @@ class OutputFolder:
 
     def __init__(self, folder: Path, layout: dict[str, list], dtype: str, plan: dict, resume: bool):
         self.folder, self.layout, self.dtype = folder, layout, dtype
-        self.partial = folder.with_name(folder.name + ".partial")
+        self.partial = partial_folder(folder)
         self.journal = self.partial / "journal.jsonl"
         plan_file = self.partial / "plan.json"
         self.done: list[list] = []  # the finished tensors' records and the shard's SHA-256 up to there, in order
@@ -218,12 +240,7 @@ class OutputFolder:
             self.journal.write_text("".join(json.dumps(record) + "\n" for record in self.done))
             return
         shutil.rmtree(self.partial, ignore_errors=True)
-        needed = sum(prod(shape) for tensors in layout.values() for _, shape in tensors) * STORAGE[dtype].itemsize
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.parent).free
-        if needed + (1 << 20) > free:
-            raise ValueError(f"{folder}: needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free on that disk")
-        self.partial.mkdir()
+        self.partial.mkdir(parents=True)
         temporary = plan_file.with_suffix(".tmp")
         temporary.write_text(json.dumps(plan))
         temporary.replace(plan_file)

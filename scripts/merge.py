@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import lmolt
 from lmolt import merging
-from lmolt.checkpoints import NAMES, Checkpoint, OutputFolder, find_folder, inspect_file
+from lmolt.checkpoints import NAMES, Checkpoint, OutputFolder, check_room, find_folder, inspect_file
 from lmolt.lineage import plot, summarise, summarise_fold, table, write_lineage
 from lmolt.recipes import apply_recipe
 
@@ -171,6 +171,8 @@ def main(argv: list[str]) -> None:
         return print(f"{args.output} is already finished")
     check_output(args, sources)
     dtype = merging.check_checkpoints(sources, NAMES.get(args.dtype))
+    layout = {file: [(e.name, e.shape) for e in entries] for file, entries in models[0].files.items()}
+    check_room(args.output, layout, dtype)
     name, licence = str(args.output), {}
     if args.push_to_hub:
         from lmolt import hub
@@ -188,7 +190,6 @@ def main(argv: list[str]) -> None:
     if args.adapter:
         inputs[f"{args.adapter}/{adapter.file.name}"] = adapter.sha256
     arguments = {key: vars(args)[key] for key in SAVED}
-    layout = {file: [(e.name, e.shape) for e in entries] for file, entries in models[0].files.items()}
     plan = {"arguments": arguments, "inputs": inputs}
     output = OutputFolder(args.output, layout, dtype, json.loads(json.dumps(plan)), args.resume)
 

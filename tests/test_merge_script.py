@@ -212,7 +212,10 @@ BAD = {
     "cut": (cut, "A/model.safetensors: .* bytes where its header says .*: cut off"),
     "empty": (lambda a: (a / "model.safetensors").write_bytes(b""), "not a safetensors file, or cut off"),
     "header": (lambda a: (a / "model.safetensors").write_bytes(b"\4" + b"\0" * 7 + b"oops" * 9), "header is not JSON"),
-    "pickle": (lambda a: (a / "model.safetensors").rename(a / "pytorch_model.bin"), "no such file; save with safe_"),
+    "pickle": (
+        lambda a: (a / "model.safetensors").rename(a / "pytorch_model.bin"),
+        "no such file; its weights are pickled: load it with transformers",
+    ),
     "config": (lambda a: (a / "config.json").unlink(), "A/config.json: there is no such file"),
     "kind": (lambda a: configure(a, model_type="mistral"), "A is a mistral, .*B a llama"),
     "quantised": (
@@ -268,6 +271,20 @@ def test_slerp_of_three_is_an_error(merge, abc, tmp_path):
         merge("--method", "slerp", "--weights", 1, 1, 1, "--models", *abc, "--output", tmp_path / "O")
 
 
+@pytest.mark.parametrize(
+    ("holds", "remedy"),
+    {
+        "adapter_config.json": "an adapter, so fold it into its base first: merge.py --models BASE --adapter",
+        "config.json": "give the folder that save_pretrained wrote",
+    }.items(),
+)
+def test_a_folder_without_safetensors_says_what_to_do(merge, abc, tmp_path, holds, remedy):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / holds).touch()
+    with pytest.raises(FileNotFoundError, match=remedy):
+        merge(*SLERP, "--models", abc[0], tmp_path / "model", "--output", tmp_path / "O")
+
+
 def test_what_exists_is_kept_unless_told(merge, abc, tmp_path):
     call = (*SLERP, "--models", *abc[:2], "--output", tmp_path / "O")
     merge(*call)
@@ -282,7 +299,8 @@ def test_what_exists_is_kept_unless_told(merge, abc, tmp_path):
         merge(*SLERP, "--models", *abc[:2], "--output", abc[2], "--overwrite")
 
 
-def test_a_full_disk_is_seen_before(merge, abc, tmp_path, monkeypatch):
+def test_a_full_disk_is_seen_before_the_inputs_are_read(merge, abc, tmp_path, monkeypatch):
+    rewrite(abc[0], poison(float("nan")))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ValueError, match="needs .* MiB, 0 MiB are free"):
