@@ -107,7 +107,8 @@ class Checkpoint:
             weight_map, paths = None, [folder / "model.safetensors"]
         for path in paths:
             if not path.is_file():
-                raise FileNotFoundError(f"{path}: there is no such file; {self._remedy(bool(weight_map))}")
+                remedy = "its index names it; download it again" if weight_map else self._remedy()
+                raise FileNotFoundError(f"{path}: there is no such file; {remedy}")
         self.files = {path.name: read_header(path) for path in paths}
         self.entries = {entry.name: entry for entries in self.files.values() for entry in entries}
         if weight_map and (odd := set(weight_map) ^ set(self.entries)):
@@ -117,14 +118,10 @@ class Checkpoint:
             raise FileNotFoundError(f"{config}: there is no such file; a model folder has one")
         self.config = json.loads(config.read_text())
 
-    def _remedy(self, has_index: bool) -> str:
-        if has_index:
-            return "its index names it; download it again"
+    def _remedy(self) -> str:
         if (self.folder / "adapter_config.json").is_file():
             return f"that is an adapter, so fold it into its base first: merge.py --models BASE --adapter {self.folder}"
-        if any(self.folder.glob("*.bin")):
-            return "its weights are pickled: load it with transformers and save_pretrained it, which writes safetensors"
-        return "give the folder that save_pretrained wrote"
+        return "merging takes safetensors: load the model with transformers and save_pretrained it, which writes them"
 
     def read(self, name: str, work: type = np.float32) -> Iterator[np.ndarray]:
         """The tensor's values, flattened, in pieces of `PIECE`, as `work` (np.float32 or np.float64)."""

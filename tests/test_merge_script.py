@@ -214,7 +214,7 @@ BAD = {
     "header": (lambda a: (a / "model.safetensors").write_bytes(b"\4" + b"\0" * 7 + b"oops" * 9), "header is not JSON"),
     "pickle": (
         lambda a: (a / "model.safetensors").rename(a / "pytorch_model.bin"),
-        "no such file; its weights are pickled: load it with transformers",
+        "no such file; merging takes safetensors: load the model",
     ),
     "config": (lambda a: (a / "config.json").unlink(), "A/config.json: there is no such file"),
     "kind": (lambda a: configure(a, model_type="mistral"), "A is a mistral, .*B a llama"),
@@ -275,7 +275,7 @@ def test_slerp_of_three_is_an_error(merge, abc, tmp_path):
     ("holds", "remedy"),
     {
         "adapter_config.json": "an adapter, so fold it into its base first: merge.py --models BASE --adapter",
-        "config.json": "give the folder that save_pretrained wrote",
+        "config.json": "takes safetensors: load the model with transformers and save_pretrained it",
     }.items(),
 )
 def test_a_folder_without_safetensors_says_what_to_do(merge, abc, tmp_path, holds, remedy):
