@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lmolt.attention import TREE
@@ -102,7 +103,8 @@ def add_adapter(
 def check_saved_adapter(folder: Path, model) -> None:
     """Read a saved adapter back: the same tensors as in `model`, none empty, all finite. `ValueError` otherwise.
 
-    ZeRO-3 is known to save empty tensors in silence; there, what this rank holds is empty too, and not compared.
+    ZeRO-3 is known to save empty tensors in silence; there, what this rank holds is empty too, and not compared. Of
+    what FSDP shares out, this is the first rank's part, the first rows.
     """
     saved, held = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(model)
     if not saved or saved.keys() != held.keys():
@@ -110,5 +112,6 @@ def check_saved_adapter(folder: Path, model) -> None:
     for name, tensor in saved.items():
         if tensor.numel() == 0 or not tensor.isfinite().all():
             raise ValueError(f"{folder}: {name} was saved {'empty' if tensor.numel() == 0 else 'with NaN or Inf'}")
-        if held[name].numel() and not torch.equal(tensor, held[name].cpu().to(tensor.dtype)):
+        own = held[name].to_local() if isinstance(held[name], DTensor) else held[name]
+        if own.numel() and not torch.equal(tensor[: len(own)], own.cpu().to(tensor.dtype)):
             raise ValueError(f"{folder}: {name} was saved with other values than the model has")

@@ -339,6 +339,13 @@ class PreferenceTrainer(Trainer):
     def floating_point_ops(self, inputs) -> float:
         return self.efficiency.drain_flops()
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        # Trainer would save the whole base too, or nothing where FSDP's checkpoints are sharded
+        trained = {name: p.full_tensor() for name, p in self.model.named_parameters() if p.requires_grad}
+        return self._save(output_dir, trained)
+
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         # Trainer pickles its arguments; they stand in run.json, as text

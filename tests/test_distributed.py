@@ -19,7 +19,7 @@ from lmolt.triples import write_triples
 
 ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = {"ddp": ("DDP", "none"), "zero2": ("ZeRO-2", "none"), "zero3": ("ZeRO-3", "none")}
-STRATEGIES |= {"zero3_offload": ("ZeRO-3", "cpu")}
+STRATEGIES |= {"zero3_offload": ("ZeRO-3", "cpu"), "fsdp_qlora": ("FSDP", "none")}
 
 
 def free_port() -> int:
@@ -28,17 +28,21 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def train(folder: Path, job: list, processes: int, name: str | None = None) -> subprocess.CompletedProcess:
+def train(folder: Path, job: list, processes: int, name: str | None = None, wrap=()) -> subprocess.CompletedProcess:
     command = [sys.executable]
     if name:
         command += ["-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / f"{name}.yaml"]
         command += ["--num_processes", processes, "--main_process_port", free_port()]
-    command += [ROOT / "scripts" / "train_pref.py", *job, "--output_dir", folder]
+    command += [*wrap, ROOT / "scripts" / "train_pref.py", *job, "--output_dir", folder]
     command += ["--per_device_train_batch_size", 4 // processes, "--per_device_eval_batch_size", 4 // processes]
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
     return subprocess.run(
         list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240
     )
+
+
+def wrap_for(name: str) -> list[Path]:
+    return [ROOT / "tests" / "fsdp_on_cpu.py"] if name == "fsdp_qlora" else []
 
 
 def finished(folder: Path, done: subprocess.CompletedProcess) -> SimpleNamespace:
@@ -93,7 +97,7 @@ def one(tmp_path_factory, job) -> SimpleNamespace:
 @pytest.fixture(scope="module", params=STRATEGIES)
 def two(request, tmp_path_factory, job) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp(request.param)
-    return finished(folder, train(folder, [*job, "--bf16", "false"], 2, request.param))
+    return finished(folder, train(folder, [*job, "--bf16", "false"], 2, request.param, wrap_for(request.param)))
 
 
 @pytest.mark.slow
@@ -115,7 +119,7 @@ def test_resumes(two, request, tmp_path, job):
     if name == "ddp":  # goes on in one process
         done = train(tmp_path, job, 1)
     else:
-        done = train(tmp_path, job, 2, name)
+        done = train(tmp_path, job, 2, name, wrap_for(name))
     resumed = finished(tmp_path, done)
     assert f"resumes from {tmp_path / 'checkpoint-2'}" in done.stdout
     equal(two, resumed, rel=1e-4)
