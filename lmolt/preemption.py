@@ -37,10 +37,9 @@ class StopWhenAsked(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if not self.agreed:
             return
-        leave_group()  # nobody ends before the first process has sealed the checkpoint
-        if state.is_world_process_zero:
-            checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
-            print(f"asked to stop: saved {checkpoint}; --resume_from_checkpoint true goes on from there", flush=True)
+        leave_group(os.EX_TEMPFAIL)  # nobody ends before the first process has sealed the checkpoint
+        checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
+        print(f"asked to stop: saved {checkpoint}; --resume_from_checkpoint true goes on from there", flush=True)
         self.on_train_end(args, state, control)
         sys.exit(os.EX_TEMPFAIL)
 
