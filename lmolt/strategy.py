@@ -2,8 +2,11 @@
 
 import json
 import os
+import sys
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, DistributedType, PartialState
 
 FILE = "strategy.json"
@@ -30,6 +33,14 @@ def strategy_of(accelerator: Accelerator) -> dict:
     elif kind == DistributedType.DEEPSPEED:
         name, offload = f"ZeRO-{plugin.zero_stage}", plugin.offload_param_device
     return {"name": name, "offload": offload or "none", "world_size": accelerator.num_processes}
+
+
+def keep_outputs_exact(plugin) -> None:
+    """FSDP in bf16 would round log-probabilities, which the model gives in fp32, and sum gradients in bf16."""
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
+        )
 
 
 def check_translations(strategy: dict) -> None:
@@ -64,13 +75,17 @@ def check_resumable(checkpoint: Path, strategy: dict) -> None:
         )
 
 
-def leave_group() -> None:
-    """The end of what the processes do together: each may end now, or go on alone for as long as it takes.
+def leave_group(code: int = 0) -> None:
+    """The end of what the processes do together: the first goes on alone for as long as it takes, the others end here.
 
-    A process that ends while a thread of gloo's still frees a tensor of its last exchange is aborted ("terminate called
-    without an active exception"): that thread wants the interpreter, which is gone. After a barrier it is idle. The
-    group is then given up, so that nobody waits for one that still writes or uploads.
+    They end without ado, with exit code `code`: an interpreter that finalizes while a thread of gloo's still frees a
+    tensor of an exchange is aborted ("terminate called without an active exception"), and the launcher would then end
+    the first process, which still writes or uploads. No barrier helps: FSDP and DeepSpeed have groups of their own.
     """
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()
+    if not state.is_main_process:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

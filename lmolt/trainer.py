@@ -158,6 +158,8 @@ class PreferenceTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(OneLine)
         self.strategy = strategy.strategy_of(self.accelerator) | {"triples_per_step": self.pairs_per_step}
+        if self.strategy["name"] == "FSDP":
+            strategy.keep_outputs_exact(self.accelerator.state.fsdp_plugin)
         if args.eval_translations:
             strategy.check_translations(self.strategy)
         self.loss_is_scaled_for_ga = True
@@ -374,9 +376,7 @@ class PreferenceTrainer(Trainer):
         output_dir = Path(self.args.output_dir)
         staging = output_dir / "unfinished"
         self.save_model(str(staging), _internal_call=True)  # else Trainer uploads at once, with a card of its own
-        strategy.leave_group()
-        if not self.is_world_process_zero():
-            return
+        strategy.leave_group()  # the first process goes on alone
         check_saved_adapter(staging, self.model)
         (staging / "run.json").write_text(json.dumps(run, indent=1))
         self.state.save_to_json(str(staging / "trainer_state.json"))

@@ -113,7 +113,7 @@ def tree_logps(model, tree: Tree, score_chunk: int = 256) -> torch.Tensor:
     if config._attn_implementation == TREE:
         inputs["tree_blocks"] = cut_into_blocks(tree.subtree_end, mask)
     head = _output_head(model)
-    if _scales_logits(config) or type(head) is not torch.nn.Linear:
+    if _scales_logits(config) or type(head).forward is not torch.nn.Linear.forward:  # FSDP derives a class of its own
         scored = _gather_logps(model(**inputs).logits[0], tree.targets)
     else:
         with _head_that_scores(head, tree.targets, score_chunk):
@@ -183,7 +183,7 @@ def _head_that_scores(head: torch.nn.Linear, targets: torch.Tensor, chunk: int):
                 for h, t in zip(hidden[0].split(chunk), targets.split(chunk), strict=True)
             ]
             return torch.cat(parts)[None, :, None]
-        return _FrozenHeadLogps.apply(hidden[0], head.weight, head.bias, targets, chunk)[None, :, None]
+        return _FrozenHeadLogps.apply(hidden[0], head.weight, head.bias, targets, chunk)
 
     head.forward = score
     try:
@@ -206,7 +206,7 @@ class _FrozenHeadLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk):
         need_gradient = ctx.needs_input_grad[0]
-        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        logps = torch.empty(1, len(hidden), 1, dtype=torch.float32, device=hidden.device)  # no view: FSDP hooks on it
         gradient = torch.empty_like(hidden) if need_gradient else None
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
@@ -215,7 +215,7 @@ class _FrozenHeadLogps(torch.autograd.Function):
             of_targets = logits.gather(1, targets[part, None])
             exponentials = logits.exp_()  # in place: passes over (chunk, V) are what this costs beside the products
             total = exponentials.sum(1, keepdim=True)
-            logps[part] = (of_targets - total.log())[:, 0]
+            logps[0, part] = of_targets - total.log()
             if need_gradient:
                 gradient[part] = weight[targets[part]] - (exponentials.to(weight.dtype) @ weight) / total
         if need_gradient:
@@ -225,4 +225,4 @@ class _FrozenHeadLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logps):
         (gradient,) = ctx.saved_tensors
-        return (grad_logps[:, None] * gradient).to(gradient.dtype), None, None, None, None
+        return (grad_logps[0] * gradient).to(gradient.dtype), None, None, None, None

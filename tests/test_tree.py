@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
+from lmolt.attention import TREE
 from lmolt.tree import build_tree, padded_logps, tree_logps
 
 SHAPE = {
@@ -35,18 +36,21 @@ def make_sequences(seed: int = 0, triples: int = 3, output: int = 100) -> list[t
     return [*sequences, sequences[0]]
 
 
-def make_model(name: str, lora: bool = False):
+def make_model(name: str, kind: str, attention: str):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa")
-    if lora:
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation=attention)
+    if kind != "full":
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
-    return model
+    if kind == "lora, checkpointing":
+        model.gradient_checkpointing_enable()
+    return model.train()
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("attention", [TREE, "sdpa"])
+@pytest.mark.parametrize("kind", ["full", "lora", "lora, checkpointing"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_tree_equals_padded_rows(name, lora):
-    sequences, model = make_sequences(), make_model(name, lora)
+def test_tree_equals_padded_rows(name, kind, attention):
+    sequences, model = make_sequences(), make_model(name, kind, attention)
     weights = torch.linspace(-1, 1, len(sequences))
     logps, gradients = {}, {}
     for form in ("tree", "padded"):
@@ -58,3 +62,15 @@ def test_tree_equals_padded_rows(name, lora):
     assert gradients["tree"].keys() == gradients["padded"].keys()
     for parameter, expected in gradients["padded"].items():
         assert (gradients["tree"][parameter] - expected).norm() <= 1e-4 * expected.norm(), parameter
+
+
+def test_a_head_of_a_derived_class_has_no_logits_either():
+    """FSDP gives each module a class of its own, derived from the module's."""
+    model = make_model("llama", "lora", TREE)
+    head = model.get_output_embeddings()
+    head.__class__ = type("FSDPLinear", (torch.nn.Linear,), {})
+    shapes = []
+    head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    tree = build_tree(make_sequences())
+    tree_logps(model, tree)
+    assert shapes == [(1, len(tree.targets), 1)]
