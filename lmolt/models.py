@@ -13,14 +13,14 @@ from lmolt.attention import TREE
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
-def nf4(double_quant: bool = True) -> BitsAndBytesConfig:
-    """QLoRA's storage: NF4 with double quantisation, computing in bf16 (the paper's appendix)."""
+def nf4(half: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
+    """QLoRA's storage: NF4 with double quantisation, computing in bf16 (the paper's appendix) or another `half`."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_quant_storage=torch.bfloat16,  # one storage dtype, so that FSDP can flatten parameters
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=half,
+        bnb_4bit_quant_storage=half,  # a float's, so that FSDP shards it; the run's, so that DeepSpeed doesn't cast it
     )
 
 
@@ -55,7 +55,8 @@ def load_base(name: str, *, revision=None, load_in_4bit=False, dtype=torch.bfloa
             f"{name!r} is stored quantised ({stored.get('quant_method', 'unknown')}) and can't be quantised to NF4 "
             "again; use --load_in_4bit false, or the unquantised model"
         )
-    kwargs = {"quantization_config": nf4()} if load_in_4bit else {}
+    half = torch.float16 if dtype == torch.float16 else torch.bfloat16  # GPUs before Ampere have no bf16
+    kwargs = {"quantization_config": nf4(half)} if load_in_4bit else {}
     if load_in_4bit and torch.cuda.is_available():
         kwargs["device_map"] = {"": torch.cuda.current_device()}
     model = AutoModelForCausalLM.from_pretrained(
@@ -88,7 +89,8 @@ def add_adapter(
     if adapter is not None:
         if not (Path(adapter) / "adapter_config.json").exists() and Path(adapter).exists():
             raise FileNotFoundError(f"{adapter!r} holds no adapter_config.json; give the folder of a PEFT adapter")
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        device = str(next(model.parameters()).device)  # else each process would fill the first GPU
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True, torch_device=device)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
