@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import resource
 import sys
 import time
@@ -160,31 +161,33 @@ class Efficiency:
         padded = self.padding_tokens / max(self.packed_tokens + self.padding_tokens, 1)
         return {"tokens_per_second": rate, "padding": padded, "peak_memory_gib": peak_memory_bytes() / 2**30}
 
-    def summary(self, flops: float) -> dict:
-        wall = self.wall_seconds + time.perf_counter() - self._started
+    def summary(self, accelerator, flops: float) -> dict:
+        """Of all processes together (each has to call it); memory is that of the one which took most."""
         energy = _gpu_energy_joules()
-        if energy is not None:
-            energy += self._energy_before - self._energy_at_start
+        energy = math.nan if energy is None else energy + self._energy_before - self._energy_at_start
+        counts = [self.packed_tokens, self.scored_tokens, self.padding_tokens, energy]
+        of_all = lambda values, how: accelerator.reduce(
+            torch.tensor(values, dtype=torch.float64, device=accelerator.device), how
+        ).tolist()
+        *counts, energy = of_all(counts, "sum")
+        packed, scored, padding = map(int, counts)
+        wall = self.wall_seconds + time.perf_counter() - self._started
         return {
+            "processes": accelerator.num_processes,
             "wall_seconds": wall,
-            "tokens": self.packed_tokens,
-            "scored_tokens": self.scored_tokens,
-            "padding_tokens": self.padding_tokens,
-            "scored_tokens_per_second": self.scored_tokens / max(wall, 1e-9),
+            "tokens": packed,
+            "scored_tokens": scored,
+            "padding_tokens": padding,
+            "scored_tokens_per_second": scored / max(wall, 1e-9),
             "flops": flops,
-            "peak_memory_bytes": peak_memory_bytes(),
-            "gpu_energy_joules": energy,
+            "peak_memory_bytes": int(of_all([peak_memory_bytes()], "max")[0]),
+            "gpu_energy_joules": None if math.isnan(energy) else energy,
             "n_parameters": self.n_parameters,
             "n_trainable": self.n_trainable,
         }
 
-    def write(self, path: Path, flops: float) -> None:
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.summary(flops), indent=1))
-        partial.replace(path)
-
     def resume_from(self, path: Path) -> None:
-        """Go on counting where an interrupted run stood at its checkpoint."""
+        """Go on counting where an interrupted run stood at its checkpoint; for one process, which counts for all."""
         before = json.loads(path.read_text())
         self.wall_seconds = before["wall_seconds"]
         self.packed_tokens, self.scored_tokens = before["tokens"], before["scored_tokens"]
@@ -215,7 +218,8 @@ def _gpu_energy_joules() -> float | None:
         return None
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")  # NVML's indices know no CUDA_VISIBLE_DEVICES
         return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
     except pynvml.NVMLError:
         return None

@@ -116,6 +116,7 @@ class PreferenceArguments(TrainingArguments):
         if "no" in (self.eval_strategy, self.save_strategy):
             self.load_best_model_at_end = False  # nothing would say which is the best, or keep it
         super().__post_init__()
+        self._n_gpu = min(self.n_gpu, 1)  # else Trainer cuts batches for all GPUs that one process sees (DataParallel)
         self.label_names = []  # the loss is computed from trees, not from labels
 
 
@@ -359,10 +360,11 @@ class PreferenceTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
+        efficiency = self.efficiency.summary(self.accelerator, self.state.total_flos)
         if self.args.should_save:
             output_dir = Path(self.args.output_dir)
             checkpoint = output_dir / f"checkpoint-{self.state.global_step}"
-            self.efficiency.write(checkpoint / "efficiency.json", self.state.total_flos)
+            (checkpoint / "efficiency.json").write_text(json.dumps(efficiency, indent=1))
             strategy.write(checkpoint, self.strategy)
             resume.write_manifest(checkpoint)
             rotate_checkpoints(
@@ -376,11 +378,12 @@ class PreferenceTrainer(Trainer):
         output_dir = Path(self.args.output_dir)
         staging = output_dir / "unfinished"
         self.save_model(str(staging), _internal_call=True)  # else Trainer uploads at once, with a card of its own
+        efficiency = self.efficiency.summary(self.accelerator, self.state.total_flos)
         strategy.leave_group()  # the first process goes on alone
         check_saved_adapter(staging, self.model)
         (staging / "run.json").write_text(json.dumps(run, indent=1))
         self.state.save_to_json(str(staging / "trainer_state.json"))
-        self.efficiency.write(staging / "efficiency.json", self.state.total_flos)
+        (staging / "efficiency.json").write_text(json.dumps(efficiency, indent=1))
         plot_run(self.state.log_history, staging / "training.png")
         write_card(staging, output_dir, run)
         for file in sorted(staging.iterdir(), key=lambda file: file.name == "adapter_model.safetensors"):
@@ -405,6 +408,8 @@ class PreferenceTrainer(Trainer):
 
     @torch.no_grad()
     def _compute_references(self, examples: list[Example]) -> torch.Tensor:
+        if not self.args.load_in_4bit:
+            self.model.to(self.args.device)  # where DeepSpeed and FSDP would bring it later
         self.model.eval()
         per_pass = self.args.eval_batch_size * self.args.world_size
         sampler = self._sampler(tree_costs(examples), per_pass, shuffle=False)

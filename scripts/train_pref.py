@@ -164,7 +164,8 @@ def main(argv: list[str]) -> None:
     if checkpoint is not None:
         strategy.check_resumable(checkpoint, trainer.strategy)
         say(f"resumes from {checkpoint}")
-        trainer.efficiency.resume_from(checkpoint / "efficiency.json")
+        if args.process_index == 0:
+            trainer.efficiency.resume_from(checkpoint / "efficiency.json")
     say(f"writes {args.output_dir}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
