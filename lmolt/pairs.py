@@ -54,7 +54,8 @@ def read_table(path: str | Path) -> list[dict]:
     """Rows of a .csv, .tsv (or .txt), .jsonl or .parquet file, in its order, values as they are stored.
 
     A .tsv is the field's: tab-separated without quoting, so a quote is data. A .csv may quote. Rows are counted from 1,
-    without the header. `FileNotFoundError`, or `ValueError` with file, row, value and remedy.
+    without the header; blank lines at the end are none. `FileNotFoundError`, or `ValueError` with file, row, value and
+    remedy.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -82,7 +83,9 @@ def _lines(text: str) -> list[str]:
 
 def _read_jsonl(path: Path, text: str) -> list[dict]:
     rows = []
-    for number, line in enumerate(_lines(text), 1):
+    for number, line in enumerate(_lines(text.rstrip("\r\n")), 1):
+        if not line.strip():
+            raise ValueError(f"{path} row {number} is blank; remove the line")
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -107,7 +110,12 @@ def _read_separated(path: Path, text: str) -> list[dict]:
     header, *records = records
     if repeated := [name for name, n in Counter(header).items() if n > 1]:
         raise ValueError(f"{path}: column {repeated[0]!r} appears twice in the header {header}; rename one")
+    blank = lambda record: len(header) > 1 and record in ([], [""])
+    while records and blank(records[-1]):
+        records.pop()
     for number, record in enumerate(records, 1):
+        if blank(record):
+            raise ValueError(f"{path} row {number} is blank; remove the line")
         if len(record) != len(header):
             raise ValueError(
                 f"{path} row {number}: {len(record)} cells but the header has {len(header)} ({', '.join(header)}); it "

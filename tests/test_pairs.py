@@ -57,6 +57,9 @@ def test_chebi20_columns_byte_order_mark_and_doubled_backslashes(tmp_path):
         ("t.csv", "smile,caption\nC,gas\n", "no column 'molecule' or 'SMILES'; it has smile, caption"),
         ("t.csv", "molecule,caption\nC,gas\nCC, \n", "row 2: 'caption' is ' '"),
         ("t.tsv", "molecule\tcaption\nC\tgas\nCC\n", "row 2: 1 cells but the header has 2"),
+        ("t.tsv", "molecule\tcaption\n\nC\tgas\n", "row 1 is blank; remove the line"),
+        ("t.csv", "molecule,caption\nC,gas\n\nC,gas\n", "row 2 is blank; remove the line"),
+        ("t.jsonl", '{"molecule": "C", "caption": "gas"}\n \n{}\n', "row 2 is blank; remove the line"),
         ("t.csv", 'molecule,caption\nC,"gas\n', "broken quoting"),
         ("t.csv", "a,a\n1,2\n", "column 'a' appears twice"),
         ("t.jsonl", '{"molecule": "C", "caption": "gas"}\n{"molecule"\n', "row 2: .* is not JSON"),
@@ -76,6 +79,22 @@ def test_a_bad_file_is_named_with_row_value_and_remedy(tmp_path, name, content, 
     with pytest.raises(ValueError, match=message) as error:
         read_pairs(path)
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.tsv", "molecule\tcaption\r\nC\tgas\r\n\r\n\r\n"),
+        ("t.csv", "molecule,caption\nC,gas\n\n"),
+        ("t.jsonl", '{"molecule": "C", "caption": "gas"}\n\n'),
+        ("t.csv", "molecule,caption\nC,gas"),
+    ],
+)
+def test_blank_lines_at_the_end_and_none_at_all(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode())
+    assert read_pairs(tmp_path / name) == [{"id": "1", "molecule": "C", "caption": "gas"}]
+    (tmp_path / "one.csv").write_text('prediction\ngas\n""\n')  # a cell, though an empty one
+    assert read_table(tmp_path / "one.csv") == [{"prediction": "gas"}, {"prediction": ""}]
 
 
 def test_what_is_no_file():
