@@ -69,6 +69,11 @@ def read_outputs(path: Path, direction: str, pairs: list[dict]) -> list[list[str
     if column is None or "id" not in rows[0]:
         found = ", ".join(rows[0]) if rows else f"no {direction} row"
         raise ValueError(f"{path}: needs columns id and prediction (or output), found {found}")
+    repeated, n = Counter(pair["id"] for pair in pairs).most_common(1)[0]
+    if n > 1:
+        raise ValueError(
+            f"{path}: its outputs are of ids, but {n} pairs have the id {repeated!r}; give each pair its own"
+        )
     outputs = defaultdict(list)
     for row in rows:
         outputs[str(row["id"])].append(row[column] or "")

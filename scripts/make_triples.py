@@ -170,7 +170,10 @@ def main() -> None:
     from lmolt.negatives import describe, figure, table, triples_of
     from lmolt.triples import write_triples
 
-    # --- pairs of each direction
+    # --- pairs of each direction; a place that can't be written to is found before them
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    if args.output.is_dir():
+        raise ValueError(f"--output {args.output}: is a folder; name the file, such as {args.output}/triples.parquet")
     counts = Counter()
     if args.pairs == "demo":
         use_demo(args)
@@ -257,7 +260,7 @@ def translations(args: argparse.Namespace, direction: str, prompts: list[str], j
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if FIRST_PROCESS:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

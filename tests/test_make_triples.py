@@ -205,12 +205,30 @@ def test_models_a_kill_and_two_processes(pairs, tmp_path, tiny_policy):
             + ["--mol2cap_model", "m"],
             "a fraction is over 0 and at most 1, got 2.0",
         ),
+        (
+            ["--pairs", "{twice}", "--fraction", "1", "--output", "t.jsonl", "--directions", "mol2cap"]
+            + ["--mol2cap_outputs", "{outputs}"],
+            "its outputs are of ids, but 2 pairs have the id '7'; give each pair its own",
+        ),
+        (
+            ["--pairs", "{pairs}", "--output", "{pairs}/t.jsonl", "--directions", "mol2cap", "--mol2cap_model", "m"],
+            "File exists",
+        ),
+        (
+            ["--pairs", "{pairs}", "--output", "{folder}", "--directions", "mol2cap", "--mol2cap_model", "m"],
+            "folder.jsonl: is a folder; name the file, such as",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_message(pairs, tmp_path, arguments, message):
     bad = tmp_path / "bad.csv"
     bad.write_text("molecule,caption\nC1CC,ring\n")
-    done = run(*[argument.format(pairs=pairs, bad=bad) for argument in arguments], cwd=tmp_path)
+    twice, outputs, folder = tmp_path / "twice.csv", tmp_path / "outputs.csv", tmp_path / "folder.jsonl"
+    twice.write_text("id,molecule,caption\n7,C,gas\n7,CC,gas\n")
+    outputs.write_text("id,prediction\n7,ring\n7,acid\n")
+    folder.mkdir()
+    files = {"pairs": pairs, "bad": bad, "twice": twice, "outputs": outputs, "folder": folder}
+    done = run(*[argument.format(**files) for argument in arguments], cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "t.jsonl").exists()
 
