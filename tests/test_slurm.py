@@ -112,14 +112,13 @@ def test_a_job_that_is_asked_to_stop_requeues_and_goes_on(slurm, tmp_path, tiny_
     until(lambda: "asked to stop: saved" in log.read_text(errors="replace"), log, 30)
     stopped = int(re.search(r"saved \S+/checkpoint-(\d+)", log.read_text(errors="replace"))[1])
 
-    def goes_on() -> bool:  # of itself in two minutes, Slurm's pause before it starts a job again
-        slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
-        shown = slurm("scontrol", "show", "job", job)
-        return "JobState=RUNNING" in shown and "Restarts=1" in shown
-
-    until(goes_on, log, 60)
+    shown = lambda: slurm("scontrol", "show", "job", job)
+    until(lambda: "JobState=PENDING" in shown(), log, 60)
+    time.sleep(3)  # a node refuses a job that it ended within the same second
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm itself would pause for two minutes
+    until(lambda: "JobState=RUNNING" in shown() and "Restarts=1" in shown(), log, 60)
     until(lambda: (out / "adapter_model.safetensors").exists(), log, 90)
-    until(lambda: "JobState=COMPLETED" in slurm("scontrol", "show", "job", job), log, 30)
+    until(lambda: "JobState=COMPLETED" in shown(), log, 30)
     assert f"resumes from {out}/checkpoint-{stopped}" in log.read_text(errors="replace")
     assert json.loads((out / "run.json").read_text())["world_size"] == 2
     expected = one_process(tmp_path / "one", *arguments, 4)
