@@ -240,6 +240,7 @@ def test_a_prompt_over_the_positions_is_found_before_a_model_is_loaded(tmp_path,
     arguments += ("--fraction", 1, "--max_new_tokens", 4, "--output", tmp_path / "t.jsonl")
     done = run(*arguments)
     assert done.returncode == 2 and "prompt 21 of 21" in done.stderr and "Loading weights" not in done.stderr
+    assert done.stderr.count("\n") == 1  # nothing of other libraries' beside the message
 
 
 def test_help_is_quick():
