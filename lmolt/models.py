@@ -39,6 +39,15 @@ def check_model_folder(name: str) -> None:
         raise FileNotFoundError(f"{name!r} has a config.json but no weights ({' or '.join(WEIGHTS)})")
 
 
+def check_adapter_folder(name: str) -> None:
+    """`FileNotFoundError` if `name` looks like a local folder and holds no adapter; Hub ids pass."""
+    folder = Path(name)
+    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"adapter folder {name!r} doesn't exist; give a folder with an adapter, or a Hub id")
+    if folder.exists() and not (folder / "adapter_config.json").exists():
+        raise FileNotFoundError(f"{name!r} holds no adapter_config.json; give the folder of a PEFT adapter")
+
+
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False):
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
@@ -87,8 +96,6 @@ def add_adapter(
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
     if adapter is not None:
-        if not (Path(adapter) / "adapter_config.json").exists() and Path(adapter).exists():
-            raise FileNotFoundError(f"{adapter!r} holds no adapter_config.json; give the folder of a PEFT adapter")
         device = str(next(model.parameters()).device)  # else each process would fill the first GPU
         return PeftModel.from_pretrained(model, adapter, is_trainable=True, torch_device=device)
     config = LoraConfig(
