@@ -17,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
 
 import hashlib
+import os
 import shutil
+import time
+import traceback
 import warnings
 from collections import Counter
 from importlib.metadata import version
@@ -27,9 +30,10 @@ from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging as hf_logging
 
 from lmolt import batches, hub, losses, models, reference, resume, strategy
+from lmolt.arguments import PreferenceArguments
 from lmolt.preemption import StopWhenAsked
 from lmolt.recipes import apply_recipe
-from lmolt.trainer import PreferenceArguments, PreferenceTrainer
+from lmolt.trainer import PreferenceTrainer
 from lmolt.triples import read_triples
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
@@ -114,6 +118,8 @@ def main(argv: list[str]) -> None:
 
     # --- triples -> token ids
     models.check_model_folder(args.model)
+    if args.adapter:
+        models.check_adapter_folder(args.adapter)
     tokenizer = models.load_tokenizer(args.model, args.revision, args.trust_remote_code)
     train, held_out, dropped = read_examples(args, tokenizer)
     say(f"reads {args.triples}: {count(train)} to train on, {count(held_out)} held out, {dict(dropped) or 0} dropped")
@@ -193,7 +199,10 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # by then the launcher has ended this process too, unless the first one has no such error
+        file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
+        print(f"error: {error}" + f" ({file}, line {line})" * ("site-packages" in file), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; go on from the last checkpoint with --resume_from_checkpoint true", file=sys.stderr)
