@@ -171,6 +171,13 @@ def test_tokenizer_equals_transformers():
         assert [names[i] for i in pieces] == [t for t in tokenizer.convert_ids_to_tokens(expected) if t != "[SEP]"]
 
 
+def test_special_pieces_in_a_text_count_among_its_first_512():
+    """The reference scripts truncate and only then filter: 600 pieces with two [SEP] leave 510 for BLEU."""
+    prediction = "[SEP] [SEP] " + "a " * 598
+    result, columns = score("mol2cap", ["C"], ["a"], [prediction], text_tokenizer=str.split, num_workers=1)
+    assert columns["stat_bleu_len_pred"] == [510] and result["metrics"]["delta_len"]["value"] == 597
+
+
 def test_what_is_missing_is_absent_with_its_reason(tmp_path):
     result, per_example = score("mol2cap", ["C"] * 4, REFERENCES, PREDICTIONS, nltk_data=tmp_path, n_bootstrap=50)
     found = result["metrics"]

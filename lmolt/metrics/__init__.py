@@ -193,9 +193,9 @@ def _captions(molecules, references, predictions, tokenizer, nli_model, nltk_dat
     from lmolt.metrics import hallucination
     from lmolt.metrics.meteor import WordNet, meteor
 
-    pieces, names = caption.word_pieces([*references, *predictions], tokenizer, max_pieces=None)
-    lengths = np.array([len(p) for p in pieces], float).reshape(2, -1)
-    cut = [row[: caption.MAX_PIECES] for row in pieces]
+    pieces, names = caption.tokenize([*references, *predictions], tokenizer, max_pieces=None)
+    lengths = np.array([len(p) for p in caption.drop_special(pieces, names)], float).reshape(2, -1)
+    cut = caption.drop_special([row[: caption.MAX_PIECES] for row in pieces], names)
     corpora = flatten(cut[: len(references)]), flatten(cut[len(references) :])
     per_example = {f"stat_bleu_{k}": v for k, v in caption.bleu_columns(*corpora).items()}
     per_example |= caption.rouge(references, predictions) | {"delta_len": lengths[1] - lengths[0]}

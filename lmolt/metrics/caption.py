@@ -9,13 +9,25 @@ import numpy as np
 from lmolt.metrics import ngrams
 
 MAX_PIECES = 512  # the reference scripts truncate there, without special tokens
-_SPECIAL = ("[PAD]", "[CLS]", "[SEP]")  # and drop these where they occur in the text itself
+_SPECIAL = ("[PAD]", "[CLS]", "[SEP]")  # and then drop these where they occur in the text itself
 
 
 def word_pieces(
     texts: list[str], tokenizer=None, max_pieces: int | None = MAX_PIECES
 ) -> tuple[list[list[int]], list[str]]:
-    """`(pieces, vocabulary)`: each text as indices into the vocabulary's names, at most `max_pieces` a text.
+    """`(pieces, vocabulary)`: the first `max_pieces` of each text less special ones, as indices into names."""
+    ids, names = tokenize(texts, tokenizer, max_pieces)
+    return drop_special(ids, names), names
+
+
+def drop_special(ids: list[list[int]], names: list[str]) -> list[list[int]]:
+    """Texts' pieces without [PAD], [CLS] and [SEP]."""
+    special = {i for i, name in enumerate(names) if name in _SPECIAL}
+    return [row if special.isdisjoint(row) else [i for i in row if i not in special] for row in ids]
+
+
+def tokenize(texts: list[str], tokenizer, max_pieces: int | None) -> tuple[list[list[int]], list[str]]:
+    """`(pieces, vocabulary)`: each text as indices into the vocabulary's names, special ones included.
 
     `tokenizer`: folder or Hub id of a tokenizer, a callable `str -> list[str]`, or None for lower-cased words and
     punctuation marks (plain, and not comparable with published numbers). `FileNotFoundError` for a folder without one.
@@ -25,13 +37,8 @@ def word_pieces(
     if callable(tokenizer):
         number = {}
         ids = [[number.setdefault(p, len(number)) for p in tokenizer(text)[:max_pieces]] for text in texts]
-        names = list(number)
-    else:
-        ids, names = _ids_of_folder(texts, str(tokenizer), max_pieces)
-    special = {i for i, name in enumerate(names) if name in _SPECIAL}
-    if special:
-        ids = [row if special.isdisjoint(row) else [i for i in row if i not in special] for row in ids]
-    return ids, names
+        return ids, list(number)
+    return _ids_of_folder(texts, str(tokenizer), max_pieces)
 
 
 def _ids_of_folder(texts: list[str], name: str, max_pieces: int | None) -> tuple[list[list[int]], list[str]]:
