@@ -50,18 +50,17 @@ def read_predictions(
     if path.suffix in (".parquet", ".jsonl"):
         rows, counts = _from_table(path, direction)
     else:
-        # Lines end where Python's text mode ends them, as for the reference scripts: not at U+2028 or a form feed.
-        lines = _decode(path, encoding).replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        if lines[-1] == "":
-            lines.pop()
-        if not lines:
+        text = _decode(path, encoding)
+        if not text:
             raise ValueError(f"{path}: the file is empty")
-        header = lines[0].split("\t")
+        # A table's lines end where Python's text mode ends them, as for its scripts: not at U+2028 or a form feed.
+        header, *lines = _lines(text.replace("\r\n", "\n").replace("\r", "\n"))
+        header = header.split("\t")
         beside = pairs is not None and "ground truth" not in header
         if beside:
-            rows, counts = _beside_pairs(path, lines, pairs, direction)
+            rows, counts = _beside_pairs(path, _lines(text), pairs, direction)
         else:
-            rows, counts = _from_reference_tsv(path, header, lines[1:], direction)
+            rows, counts = _from_reference_tsv(path, header, lines, direction)
     if not rows:
         raise ValueError(f"{path}: no {direction} row in it")
     if pairs is not None and not beside:
@@ -97,6 +96,10 @@ def _decode(path: Path, encoding: str) -> str:
         raise ValueError(f"unknown encoding {encoding!r}; use a name Python knows, such as utf-8 or latin-1") from None
 
 
+def _lines(text: str) -> list[str]:
+    return text.removesuffix("\n").split("\n")
+
+
 def _from_reference_tsv(path: Path, header: list[str], lines: list[str], direction: str):
     source, _, _ = expected = HEADERS[direction]
     if missing := [name for name in expected if name not in header]:
@@ -125,10 +128,7 @@ def _from_reference_tsv(path: Path, header: list[str], lines: list[str], directi
                 f"{path} line {line_number}: {line[:80]!r} has no ground truth ({line.count(chr(9)) + 1} of "
                 f"{len(header)} fields); a line break inside an output looks like this: make it a space"
             )
-        prediction = fields[at["output"]]
-        if direction == MOL2CAP and prediction.startswith("[CLS] "):  # MolT5's caption scorers cut it off
-            counts["cls_prefix_removed"] += 1
-            prediction = prediction[len("[CLS] ") :]
+        prediction = _without_cls(fields[at["output"]], direction, counts)
         rows.append(
             {
                 "id": str(len(rows)),
@@ -141,7 +141,16 @@ def _from_reference_tsv(path: Path, header: list[str], lines: list[str], directi
     return rows, counts
 
 
+def _without_cls(output: str, direction: str, counts: Counter) -> str:
+    """A caption as MolT5's and L+M-24's scorers take it."""
+    if direction != MOL2CAP or not output.startswith("[CLS] "):
+        return output
+    counts["cls_prefix_removed"] += 1
+    return output.removeprefix("[CLS] ")
+
+
 def _beside_pairs(path: Path, lines: list[str], pairs: list[dict], direction: str):
+    """L+M-24's submissions, read as its scorers do: lines end at \\n alone, spaces around an output are left out."""
     counts = Counter()
     if len(lines) == len(pairs) + 1 and not lines[-1].strip():
         lines, counts["blank_line"] = lines[:-1], 1
@@ -150,7 +159,8 @@ def _beside_pairs(path: Path, lines: list[str], pairs: list[dict], direction: st
             f"{path} has {len(lines)} lines but there are {len(pairs)} pairs; give one output a line, in their order, "
             "an empty line for an empty output, no header (check --split and --limit, and line breaks inside outputs)"
         )
-    rows = [row | {"prediction": line} for row, line in zip(rows_of_pairs(pairs, direction), lines, strict=True)]
+    outputs = [_without_cls(line.strip(), direction, counts).strip() for line in lines]
+    rows = [row | {"prediction": output} for row, output in zip(rows_of_pairs(pairs, direction), outputs, strict=True)]
     return rows, counts
 
 

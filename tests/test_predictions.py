@@ -105,6 +105,15 @@ def test_one_output_a_line_beside_pairs(tmp_path):
     assert [row["prediction"] for row in rows] == ["CCO", "C"] and counts == {"blank_line": 1}
 
 
+def test_one_output_a_line_is_read_as_the_shared_tasks_scorers_do(tmp_path):
+    """L+M-24's scorers split the submission's bytes at \\n, strip each line and cut MolT5's [CLS] off captions."""
+    data = b" CCO \r\n[CLS]  a\rb\xe2\x80\xa8c \n"
+    rows, counts = read_predictions(write(tmp_path / "o.txt", data), "mol2cap", PAIRS)
+    assert [row["prediction"] for row in rows] == ["CCO", "a\rb\u2028c"] and counts == {"cls_prefix_removed": 1}
+    rows, counts = read_predictions(tmp_path / "o.txt", "cap2mol", PAIRS)
+    assert rows[1]["prediction"] == "[CLS]  a\rb\u2028c" and not counts
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_our_own_tables_come_back(tmp_path, suffix):
     rows = [
