@@ -200,10 +200,11 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # by then the launcher has ended this process too, unless the first one has no such error
+            time.sleep(5)  # by then the launcher has ended this process too, unless the first one has no such error
         file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
         print(f"error: {error}" + f" ({file}, line {line})" * ("site-packages" in file), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; go on from the last checkpoint with --resume_from_checkpoint true", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("\nstopped; go on from the last checkpoint with --resume_from_checkpoint true", file=sys.stderr)
         sys.exit(130)
