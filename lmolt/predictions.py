@@ -75,6 +75,18 @@ def read_predictions(
     return rows, +counts
 
 
+def drop_unreadable(rows: list[dict], where: str | Path) -> tuple[list[dict], list[dict]]:
+    """cap2mol's rows whose reference RDKit reads, and the others; `ValueError` where it reads none."""
+    from lmolt.metrics.molecule import canonical, in_processes
+
+    readable = in_processes(canonical, [row["reference"] for row in rows])
+    kept = [row for row, smiles in zip(rows, readable, strict=True) if smiles]
+    dropped = [row for row, smiles in zip(rows, readable, strict=True) if not smiles]
+    if not kept:
+        raise ValueError(f"{where}: RDKit reads none of its {len(rows)} references, such as {rows[0]['reference']!r}")
+    return kept, dropped
+
+
 def _decode(path: Path, encoding: str) -> str:
     data = path.read_bytes()
     for bom, name in (

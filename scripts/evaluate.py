@@ -51,6 +51,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", help="split of --pairs (default: test where the pairs have splits)")
     parser.add_argument("--limit", type=int, help="this many pairs, chosen by --seed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--invalid_pairs", choices=("error", "drop"), default="error", help="whose molecule RDKit cannot read"
+    )
     model = parser.add_argument_group("translating with --model or --system")
     model.add_argument("--systems", type=Path, default=SYSTEMS, metavar="FILE", help="default: recipes/systems.yaml")
     model.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
@@ -66,7 +69,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument(
         "--too_long", choices=("error", "empty"), default="error", help="prompts over the model's positions"
     )
-    model.add_argument("--invalid_pairs", choices=("error", "drop"), default="error", help="whose SMILES is none")
     existing = parser.add_argument_group("scoring --predictions")
     existing.add_argument("--direction", nargs="+", choices=DIRECTIONS, help="of each file, in their order")
     existing.add_argument("--encoding", default="utf-8", help="of the file")
@@ -171,7 +173,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from lmolt import hub
     from lmolt.metrics import score
     from lmolt.pairs import write_table
-    from lmolt.predictions import digest, read_predictions
+    from lmolt.predictions import digest, drop_unreadable, read_predictions
     from lmolt.report import Run, write_report, write_whole
     from lmolt.tables import to_markdown
 
@@ -186,6 +188,11 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.predictions:
         for file, direction in zip(args.predictions, args.direction, strict=True):
             read, found = read_predictions(file, direction, pairs, args.encoding)
+            if args.invalid_pairs == "drop" and direction == CAP2MOL:
+                read, dropped = drop_unreadable(read, file)
+                for row in dropped:
+                    print(f"left out: id {row['id']}, no molecule is its reference {row['reference'][:100]!r}")
+                found["unreadable_reference_dropped"] = len(dropped)
             rows += read
             counts[direction] += found
     if not FIRST_PROCESS:

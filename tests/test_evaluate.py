@@ -276,6 +276,24 @@ def test_the_official_scripts_numbers(script, tmp_path):
                 ), key
 
 
+def test_rows_whose_reference_is_no_molecule_can_be_left_out(script, tmp_path, capsys):
+    """Not counted as invalid outputs, as MolT5's scripts would: validity is that of the two rows that remain."""
+    file = tmp_path / "o.tsv"
+    file.write_text("description\tground truth\toutput\na\tCCO\tCCO\nb\tC1CC\tCC\nc\tCC\tC(\n")
+    arguments = ["--predictions", file, "--direction", "cap2mol", "--no_fcd", "--n_bootstrap", 10]
+    arguments += ["--cache_dir", tmp_path / "cache", "--output", tmp_path / "out"]
+    with pytest.raises(ValueError, match=r"o.tsv, cap2mol row 2: the reference 'C1CC' .*--invalid_pairs drop"):
+        script(*arguments)
+    script(*arguments, "--invalid_pairs", "drop")
+    assert "left out: id 1, no molecule is its reference 'C1CC'" in capsys.readouterr().out
+    part = json.loads((tmp_path / "out" / "metrics.json").read_text())["directions"]["cap2mol"]
+    assert part["n"] == 2 and part["counts"]["unreadable_reference_dropped"] == 1
+    assert part["metrics"]["validity"]["value"] == 0.5 and part["metrics"]["morgan"]["value"] == 1
+    file.write_text("description\tground truth\toutput\nb\tC1CC\tCC\n")
+    with pytest.raises(ValueError, match="RDKit reads none of its 1 references, such as 'C1CC'"):
+        script(*arguments, "--invalid_pairs", "drop")
+
+
 def test_entailment_by_a_local_model(script, tmp_path):
     rows = [("C", "a b", "a b"), ("CC", "the c", "d d"), ("CCC", "a", "")]
     table = ["SMILES\tground truth\toutput", *map("\t".join, rows), ""]

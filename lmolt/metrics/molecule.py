@@ -163,7 +163,7 @@ def compare(
         if of[pair] == "reference":
             raise ValueError(
                 f"row {row}: the reference {pair[0][:100]!r} is not a molecule RDKit can read; references are your "
-                "data, so correct or remove that row"
+                "data: correct it, remove the row, or leave such rows out with --invalid_pairs drop"
             )
     return [None if of[pair] == "prediction" else of[pair] for pair in pairs]
 
