@@ -125,7 +125,7 @@ def measured(state: dict, efficiency: dict, emissions: dict) -> dict[str, str]:
         shown = {key.removeprefix("eval_"): value for key, value in evaluations[step].items() if _is_score(key)}
         rows[f"held-out, step {step}"] = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
     if efficiency["gpu_energy_joules"] is not None:
-        rows["energy"] = f"{efficiency['gpu_energy_joules'] / 3.6e6:.3g} kWh of the first process's GPU (NVML)"
+        rows["energy"] = f"{efficiency['gpu_energy_joules'] / 3.6e6:.3g} kWh of all GPUs (NVML)"
     if emissions:
         rows["emissions"] = f"{emissions['emissions']:.3g} g CO2-eq ({emissions['source']})"
     return rows

@@ -212,10 +212,8 @@ def _gpu_energy_joules() -> float | None:
     """Energy that this process's GPU has drawn since its driver loaded; None where NVML can't tell."""
     if not torch.cuda.is_available():
         return None
-    try:
-        import pynvml
-    except ImportError:
-        return None
+    import pynvml  # the package nvidia-ml-py
+
     try:
         pynvml.nvmlInit()
         uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
