@@ -298,7 +298,7 @@ def test_energy_and_emissions_stand_on_the_card_where_they_were_measured(tmp_pat
     state["log_history"] = [{"step": 1, "loss": 3.0}, held_out]
     assert card.measured(state, efficiency, emissions) == {
         "held-out, step 2": "loss 1.5, mol2cap/nll 2",
-        "energy": "2 kWh of the first process's GPU (NVML)",
+        "energy": "2 kWh of all GPUs (NVML)",
         "emissions": "25 g CO2-eq (CodeCarbon)",
     }
 
