@@ -41,8 +41,12 @@ class Run:
 def write_whole(path: Path, data: str | bytes) -> None:
     """The file appears with all of `data` in it, or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data.encode() if isinstance(data, str) else data)
-    partial.replace(path)
+    try:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+        partial.replace(path)
+    except OSError as error:  # a full disk's names no file
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_run(spec: str) -> Run:

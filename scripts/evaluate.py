@@ -98,6 +98,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--push_to_hub is for one model's metrics, and needs --hub_model_id OWNER/NAME")
     if (args.model or args.system) and not args.pairs:
         parser.error("--model and --system need --pairs: demo, a file, or a Hub data set")
+    place = next(folder for folder in (args.output.absolute(), *args.output.absolute().parents) if folder.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        parser.error(f"--output {args.output}: {place} is no folder that can be written to")
     return args
 
 

@@ -196,6 +196,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     hf_logging.set_verbosity_warning()
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's, at each step
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT's
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:

@@ -1,6 +1,7 @@
 """Figures and what the page keeps: on one value, long tails, undefined scores, odd outputs."""
 
 import io
+import resource
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -61,3 +62,14 @@ def test_a_large_evaluation_keeps_the_worst_and_the_best_of_each_system():
     kept = [int(row["id"]) for row in report_html._kept(part, 60)]
     assert kept == sorted(kept) and len(kept) <= 60
     assert {0, 1, 9, 990, 999} <= set(kept)
+
+
+def test_a_file_that_the_disk_cannot_take_is_named_and_leaves_nothing(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="report.md"):
+            report.write_whole(tmp_path / "report.md", "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())

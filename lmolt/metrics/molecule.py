@@ -7,6 +7,7 @@ for the references (`cache_dir`). Nothing is computed twice for a SMILES, nor at
 import gc
 import hashlib
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
@@ -136,11 +137,13 @@ def in_processes(function, items: list, num_workers: int | None = None) -> list:
 
 @cache
 def _pool(workers: int) -> ProcessPoolExecutor:
-    """Forked once and kept: RDKit need not be imported again, and memory is not copied again for each metric.
+    """Forked once and kept: RDKit need not be imported again, and memory is not copied again for each metric."""
+    return ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_start_worker)
 
-    A child's garbage collections pass over what it has of its parent, else they would touch and so copy all of it.
-    """
-    return ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=gc.freeze)
+
+def _start_worker() -> None:
+    gc.freeze()  # collections pass over what a child has of its parent, else they would touch and so copy all of it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent answers Ctrl-C; its children end without a word
 
 
 def compare(
