@@ -28,7 +28,7 @@ def check_model_folder(name: str) -> None:
     """`FileNotFoundError` if `name` looks like a local folder and holds no model; Hub ids pass."""
     folder = Path(name)
     if not folder.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        if _is_path(name):
             raise FileNotFoundError(f"model folder {name!r} doesn't exist; give a folder with a model, or a Hub id")
         return
     if (folder / "adapter_config.json").exists():
@@ -39,10 +39,14 @@ def check_model_folder(name: str) -> None:
         raise FileNotFoundError(f"{name!r} has a config.json but no weights ({' or '.join(WEIGHTS)})")
 
 
+def _is_path(name: str) -> bool:  # and not OWNER/NAME on the Hub
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def check_adapter_folder(name: str) -> None:
     """`FileNotFoundError` if `name` looks like a local folder and holds no adapter; Hub ids pass."""
     folder = Path(name)
-    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if not folder.exists() and _is_path(name):
         raise FileNotFoundError(f"adapter folder {name!r} doesn't exist; give a folder with an adapter, or a Hub id")
     if folder.exists() and not (folder / "adapter_config.json").exists():
         raise FileNotFoundError(f"{name!r} holds no adapter_config.json; give the folder of a PEFT adapter")

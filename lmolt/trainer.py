@@ -287,7 +287,10 @@ class PreferenceTrainer(Trainer):
             )
 
     def save_finished(self, run: dict) -> None:
-        """Write the adapter and all that belongs to it; `adapter_model.safetensors` appears last, by rename."""
+        """Write the adapter and all that belongs to it; `adapter_model.safetensors` appears last, by rename.
+
+        All processes call it; the first returns, and the others end in it (`strategy.leave_group`).
+        """
         output_dir = Path(self.args.output_dir)
         staging = output_dir / "unfinished"
         self.save_model(str(staging), _internal_call=True)  # else Trainer uploads at once, with a card of its own

@@ -188,6 +188,8 @@ def evaluate(args: argparse.Namespace) -> None:
     system = read_system(args.system, args.systems) if args.system else None
     pairs = chosen_pairs(args, counts[CAP2MOL]) if args.pairs else None  # what reading counts concerns molecules
     rows = [] if args.predictions else translated(args, system, pairs, counts)
+    if not FIRST_PROCESS:
+        return
     if args.predictions:
         for file, direction in zip(args.predictions, args.direction, strict=True):
             read, found = read_predictions(file, direction, pairs, args.encoding)
@@ -198,8 +200,6 @@ def evaluate(args: argparse.Namespace) -> None:
                 found["unreadable_reference_dropped"] = len(dropped)
             rows += read
             counts[direction] += found
-    if not FIRST_PROCESS:
-        return
 
     # ---- scores
     run = Run(args.name or args.output.resolve().name, args.output, record={})
