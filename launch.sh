@@ -61,7 +61,7 @@ train() {
     export MASTER_PORT=${MASTER_PORT:-29500}
     export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # passed on to each process,
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600                         # which then finishes its step and saves
-    SUPERVISOR=(exec python -m lmolt.nodes)
+    SUPERVISOR=(exec python -m lmolt.distributed.nodes)
     launch scripts/train_pref.py "$@"
 }
 
@@ -108,7 +108,7 @@ evaluate() { # NAME MODEL [--adapter ADAPTER]
 demo() {
     export DS_ACCELERATOR=cpu # DeepSpeed has no part in this, but would say at each import that it sees no GPU
     local models=$DEMO/models train="scripts/train_pref.py --recipe recipes/demo.yaml --resume_from_checkpoint true"
-    stage "pairs and stand-in models" "$models/finished" python -m lmolt.demo
+    stage "pairs and stand-in models" "$models/finished" python -m lmolt.demo.build
     stage "triples" "$DEMO/triples.parquet" \
         launch scripts/make_triples.py --pairs demo --fraction 0.3 --max_new_tokens 128 \
         --mol2cap_model "$models/t5_mol2cap" --cap2mol_model "$models/t5_cap2mol" --output "$DEMO/triples.parquet"
@@ -140,7 +140,7 @@ case ${1:-demo} in
         if [[ ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then slurm "$@"; else train "$@"; fi
         ;;
     node) set_up && shift && node "$@" ;;
-    paper) set_up && shift && python -m lmolt.paper "$@" ;;
+    paper) set_up && shift && python scripts/paper.py "$@" ;;
     bench)
         set_up && pip install --quiet -r benchmarks/requirements.txt && mkdir -p runs/bench
         for benchmark in benchmarks/*.py; do

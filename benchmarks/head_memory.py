@@ -25,8 +25,8 @@ def peak_growth(batch: int, chunk: int, all_scored: bool) -> int:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lmolt.attention import TREE
-    from lmolt.tree import build_tree, tree_logps
+    from lmolt.models.attention import TREE
+    from lmolt.models.tree import build_tree, tree_logps
 
     torch.manual_seed(0)
     config = LlamaConfig(

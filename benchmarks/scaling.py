@@ -41,7 +41,7 @@ def prepare(folder: Path, steps: int) -> None:
     import torch
 
     from benchmarks.translate import random_models
-    from lmolt.triples import write_triples
+    from lmolt.data.triples import write_triples
 
     torch.manual_seed(0)
     _, model, tokenizer = next(random_models())

@@ -35,7 +35,7 @@ TRL_SETTINGS = {
 
 def make_triples(chebi20: str | None, count: int) -> list[dict]:
     """Real pairs in both directions; the rejected output is that of the neighbour in length."""
-    from lmolt.pairs import read_pairs
+    from lmolt.data.pairs import read_pairs
 
     pairs = read_pairs(chebi20 or "demo")
     triples = []
@@ -120,10 +120,11 @@ def run_ours(args, loss: str, folder: Path, triples: list[dict], output_dir: str
     import torch
     from peft import get_peft_model
 
-    from lmolt import batches, losses, models
-    from lmolt.trainer import PreferenceArguments, PreferenceTrainer
+    from lmolt.models import loading
+    from lmolt.training import batches, losses
+    from lmolt.training.trainer import PreferenceArguments, PreferenceTrainer
 
-    tokenizer = models.load_tokenizer(str(folder))
+    tokenizer = loading.load_tokenizer(str(folder))
     examples, _ = batches.encode_triples(triples, tokenizer, 4096, "error")
     if loss == "kto":
         batches.assign_mismatches(examples, 0)
@@ -133,7 +134,7 @@ def run_ours(args, loss: str, folder: Path, triples: list[dict], output_dir: str
         score_chunk=args.score_chunk,
         **common_arguments(args, output_dir, args.batch),
     )
-    base = models.load_base(str(folder), load_in_4bit=args.nf4, dtype=torch.bfloat16 if args.bf16 else torch.float32)
+    base = loading.load_base(str(folder), load_in_4bit=args.nf4, dtype=torch.bfloat16 if args.bf16 else torch.float32)
     trainer = PreferenceTrainer(get_peft_model(base, lora()), arguments, examples, [], processing_class=tokenizer)
     trainer._first_batch_checked = True  # once a run; it would count fully in the first of these few steps
     once = 0.0
@@ -194,7 +195,7 @@ def run_trl(args, loss: str, folder: Path, triples: list[dict], output_dir: str,
         arguments |= {"max_length": 4096, "beta": 0.1, "per_device_train_batch_size": 2 * args.batch}
     kwargs = {}
     if args.nf4:
-        from lmolt.models import nf4
+        from lmolt.models.loading import nf4
 
         kwargs["quantization_config"] = nf4()
     model = AutoModelForCausalLM.from_pretrained(
@@ -224,7 +225,7 @@ def run_trl(args, loss: str, folder: Path, triples: list[dict], output_dir: str,
 def time_steps(trainer, args) -> dict:
     from transformers import TrainerCallback
 
-    from lmolt.monitor import peak_memory_bytes
+    from lmolt.training.monitor import peak_memory_bytes
 
     moments = []
 

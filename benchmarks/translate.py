@@ -114,8 +114,8 @@ def main() -> None:
     from rdkit import RDConfig
     from transformers.utils import logging
 
-    from lmolt.pairs import read_pairs
-    from lmolt.translate import load_translator, prompts_for, translate
+    from lmolt.data.pairs import read_pairs
+    from lmolt.generation.translate import load_translator, prompts_for, translate
 
     logging.set_verbosity_error()
     if args.pairs:

@@ -30,8 +30,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 
 from lmolt import __version__
+from lmolt.generation.systems import SYSTEMS, System, finish, load, read_system
 from lmolt.prompts import CAP2MOL, DIRECTIONS, build_prompt
-from lmolt.systems import SYSTEMS, System, finish, load, read_system
 
 PACKAGES = ("torch", "transformers", "peft", "rdkit", "fcd", "nltk", "rouge-score", "rapidfuzz", "numpy")
 CACHE = Path(os.environ.get("LMOLT_CACHE", Path.home() / ".cache" / "lmolt"))
@@ -106,7 +106,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def chosen_pairs(args: argparse.Namespace, counts: Counter) -> list[dict]:
     """The pairs to evaluate on: the split's, all of them or --limit of them by seed, in their order."""
-    from lmolt.pairs import clean, read_pairs
+    from lmolt.data.pairs import clean, read_pairs
 
     options = {"default_split": "test", "invalid": args.invalid_pairs, "seed": args.seed}
     pairs = read_pairs(args.pairs, args.split, counts, **options)
@@ -122,9 +122,9 @@ def chosen_pairs(args: argparse.Namespace, counts: Counter) -> list[dict]:
 
 def translated(args: argparse.Namespace, system: System | None, pairs: list[dict], counts: dict) -> list[dict]:
     """Prediction rows of `system`, else of --model, the same on every process; `counts` says how many were cut."""
-    from lmolt.predictions import rows_of_pairs
-    from lmolt.strategy import leave_group
-    from lmolt.translate import load_translator, prompts_for, translate
+    from lmolt.data.predictions import rows_of_pairs
+    from lmolt.distributed.strategy import leave_group
+    from lmolt.generation.translate import load_translator, prompts_for, translate
 
     options = {key: getattr(args, key) for key in ("dtype", "load_in_4bit", "trust_remote_code")}
     rows, loaded, model = [], None, None
@@ -159,8 +159,8 @@ def translated(args: argparse.Namespace, system: System | None, pairs: list[dict
 
 
 def compare(args: argparse.Namespace) -> None:
-    from lmolt.report import read_run, write_report
-    from lmolt.tables import to_markdown
+    from lmolt.report.report import read_run, write_report
+    from lmolt.report.tables import to_markdown
 
     if not FIRST_PROCESS:
         return
@@ -174,11 +174,11 @@ def compare(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     from lmolt import hub
+    from lmolt.data.predictions import digest, drop_unreadable, read_predictions
+    from lmolt.files import write_table, write_whole
     from lmolt.metrics import score
-    from lmolt.pairs import write_table
-    from lmolt.predictions import digest, drop_unreadable, read_predictions
-    from lmolt.report import Run, write_report, write_whole
-    from lmolt.tables import to_markdown
+    from lmolt.report.report import Run, write_report
+    from lmolt.report.tables import to_markdown
 
     if args.push_to_hub and FIRST_PROCESS:
         hub.reserve(args.hub_model_id, create=False)

@@ -101,9 +101,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def pairs_by_direction(args: argparse.Namespace, counts: Counter) -> dict[str, list[dict]]:
     """Clean, sampled pairs for each direction; those with outputs that exist have them under the direction's name."""
-    from lmolt.hygiene import screen
-    from lmolt.negatives import read_outputs
-    from lmolt.pairs import clean, read_pairs, sample
+    from lmolt.data.decontamination import screen
+    from lmolt.data.negatives import read_outputs
+    from lmolt.data.pairs import clean, read_pairs, sample
 
     pairs = read_pairs(args.pairs, args.split, counts, default_split="train", invalid=args.invalid_pairs)
     for direction in args.directions:
@@ -131,8 +131,8 @@ def pairs_by_direction(args: argparse.Namespace, counts: Counter) -> dict[str, l
 
 def fitting_prompts(args: argparse.Namespace, direction: str, pairs: list[dict], counts: Counter):
     """Pairs whose prompt fits the direction's model, and the prompts; read from its folder before it is loaded."""
-    from lmolt.negatives import COLUMNS
-    from lmolt.translate import load_config, over_limit, prompts_for, refuse_over_limit
+    from lmolt.data.negatives import COLUMNS
+    from lmolt.generation.translate import load_config, over_limit, prompts_for, refuse_over_limit
 
     config, tokenizer = load_config(getattr(args, f"{direction}_model"), args.trust_remote_code)
     prompts = prompts_for(config, direction, [pair[COLUMNS[direction][0]] for pair in pairs], args.prompt)
@@ -147,7 +147,7 @@ def fitting_prompts(args: argparse.Namespace, direction: str, pairs: list[dict],
 
 def summary(args: argparse.Namespace, pairs: dict, models: dict, counts: Counter, described: dict) -> dict:
     """What the file of triples is made of and from."""
-    from lmolt.predictions import digest
+    from lmolt.data.predictions import digest
 
     used = digest([pair for mine in pairs.values() for pair in mine], ("id", "molecule", "caption"))
     files = [args.output, Path(args.pairs), args.mol2cap_outputs, args.cap2mol_outputs, *map(Path, args.exclude)]
@@ -167,8 +167,8 @@ def summary(args: argparse.Namespace, pairs: dict, models: dict, counts: Counter
 def main() -> None:
     args = parse_arguments()
     say = print if FIRST_PROCESS else lambda *_: None
-    from lmolt.negatives import describe, figure, table, triples_of
-    from lmolt.triples import write_triples
+    from lmolt.data.negatives import describe, figure, table, triples_of
+    from lmolt.data.triples import write_triples
 
     # --- pairs of each direction; a place that can't be written to is found before them
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -202,12 +202,12 @@ def main() -> None:
 
     # --- write; the others end without waiting, their translations being gathered
     if prompts:
-        from lmolt.strategy import leave_group
+        from lmolt.distributed.strategy import leave_group
 
         leave_group()
     if not FIRST_PROCESS:
         return
-    from lmolt.report import write_whole
+    from lmolt.files import write_whole
 
     write_whole(args.output.with_suffix(".png"), figure(triples, similarities))
     write_triples(triples, args.output)
@@ -222,22 +222,22 @@ def main() -> None:
 
 def use_demo(args: argparse.Namespace) -> None:
     """Build what the embedded default lacks, and take its T5s where no other translator is named."""
-    from lmolt import demo
-    from lmolt.translate import process_state
+    from lmolt.demo import build
+    from lmolt.generation.translate import process_state
 
     wanted = [d for d in args.directions if not (getattr(args, f"{d}_model") or getattr(args, f"{d}_outputs"))]
     with process_state().main_process_first():
         if wanted:
-            demo.build_models()
+            build.build_models()
         else:
-            demo.pairs()
+            build.pairs()
     for direction in wanted:
         setattr(args, f"{direction}_model", str(ROOT / "runs" / "demo" / "models" / f"t5_{direction}"))
 
 
 def translations(args: argparse.Namespace, direction: str, prompts: list[str], journal: Path):
     """Each prompt's outputs, one or --num_candidates, and what made them."""
-    from lmolt.translate import identity, load_translator, translate
+    from lmolt.generation.translate import identity, load_translator, translate
 
     name, n = getattr(args, f"{direction}_model"), args.num_candidates
     model, tokenizer = load_translator(name, dtype=args.dtype, trust_remote_code=args.trust_remote_code)

@@ -29,9 +29,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads spin while
 from tqdm import tqdm
 
 import lmolt
-from lmolt import merging
-from lmolt.checkpoints import NAMES, Checkpoint, OutputFolder, check_room, find_folder, inspect_file
-from lmolt.lineage import plot, summarise, summarise_fold, table, write_lineage
+from lmolt.merging import methods
+from lmolt.merging.provenance import plot, summarise, summarise_fold, table, write_lineage
+from lmolt.merging.safetensors_io import NAMES, Checkpoint, OutputFolder, check_room, find_folder, inspect_file
 from lmolt.recipes import apply_recipe
 
 SAVED = ("method", "models", "revision", "weights", "t", "weights_for", "base", "density", "normalize", "lambda")
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--recipe", help="YAML file of defaults for these flags (recipes/merge/)")
-    add("--method", choices=merging.METHODS)
+    add("--method", choices=methods.METHODS)
     add("--models", nargs="+", metavar="MODEL", help="folders or Hub ids; config and tokenizer are the first's")
     add("--revision", help="of the Hub ids: a branch, tag or commit")
     add("--weights", nargs="+", type=float, help="one a model; with slerp, t = second / sum")
@@ -76,12 +76,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def resolve(args: argparse.Namespace) -> tuple[list[Checkpoint], Checkpoint | None, merging.Recipe | None]:
+def resolve(args: argparse.Namespace) -> tuple[list[Checkpoint], Checkpoint | None, methods.Recipe | None]:
     """The models, the base and how to merge them (None: fold), checked as far as headers and configs tell."""
     if not args.models:
         raise ValueError("--models names what to merge: folders or Hub ids")
     if not args.adapter and not args.method:
-        raise ValueError(f"--method is one of {', '.join(merging.METHODS)} (or give --adapter to fold one)")
+        raise ValueError(f"--method is one of {', '.join(methods.METHODS)} (or give --adapter to fold one)")
     if args.adapter and (len(args.models) != 1 or args.method or args.base):
         raise ValueError("--adapter is folded into one model: no --method, no --base; merge in a second run")
     models = [Checkpoint(find_folder(name, args.revision)) for name in args.models]
@@ -102,10 +102,10 @@ def resolve(args: argparse.Namespace) -> tuple[list[Checkpoint], Checkpoint | No
             raise ValueError(f"--weights_for {text!r}: write PATTERN=W,W such as embed_tokens=1,0") from error
     density = args.density * len(models) if len(args.density) == 1 else args.density
     scale = vars(args)["lambda"]
-    recipe = merging.Recipe(
+    recipe = methods.Recipe(
         args.method, args.weights, density, args.normalize, scale, args.rounding, args.seed, weights_for
     )
-    merging.check_recipe(recipe, models, base)
+    methods.check_recipe(recipe, models, base)
     return models, base, recipe
 
 
@@ -132,7 +132,7 @@ def check_files(sources: dict[str, Checkpoint]) -> dict[str, str]:
 
 def verify_folder(folder: Path) -> None:
     """Check what --output of an earlier merge holds, from its merge.json and the inputs that it names."""
-    from lmolt import verification
+    from lmolt.merging import verification
 
     lineage_file = folder / "merge.json"
     if not lineage_file.is_file():
@@ -141,7 +141,7 @@ def verify_folder(folder: Path) -> None:
     args = argparse.Namespace(**lineage["arguments"])
     models, base, recipe = resolve(args)
     if args.adapter:
-        from lmolt.folding import Adapter, plain_fold
+        from lmolt.merging.folding import Adapter, plain_fold
 
         adapter = Adapter(find_folder(args.adapter, args.revision), models[0])
         formula = lambda name: plain_fold(name, models[0], adapter, args.fold_base)
@@ -170,7 +170,7 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"{args.output} is already finished; upload it with: hf upload {name} {args.output}")
         return print(f"{args.output} is already finished")
     check_output(args, sources)
-    dtype = merging.check_checkpoints(sources, NAMES.get(args.dtype))
+    dtype = methods.check_checkpoints(sources, NAMES.get(args.dtype))
     layout = {file: [(e.name, e.shape) for e in entries] for file, entries in models[0].files.items()}
     check_room(args.output, layout, dtype)
     name, licence = str(args.output), {}
@@ -180,12 +180,12 @@ def main(argv: list[str]) -> None:
         name = hub.reserve(args.hub_model_id or args.output.name, args.hub_private_repo)
         licence = hub.licence([*filter(None, [*args.models, args.base, args.adapter])])
     if args.adapter:
-        from lmolt.folding import Adapter, fold_tensor  # imports torch
+        from lmolt.merging.folding import Adapter, fold_tensor  # imports torch
 
         adapter = Adapter(find_folder(args.adapter, args.revision), models[0])
         produce = lambda name, write: fold_tensor(name, models[0], adapter, args.fold_base, dtype, write)
     else:
-        produce = lambda name, write: merging.merge_tensor(name, models, base, recipe, dtype, write)
+        produce = lambda name, write: methods.merge_tensor(name, models, base, recipe, dtype, write)
     inputs = check_files(dict(zip([*args.models, args.base], sources, strict=False)))
     if args.adapter:
         inputs[f"{args.adapter}/{adapter.file.name}"] = adapter.sha256

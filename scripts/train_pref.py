@@ -29,12 +29,15 @@ import torch
 from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging as hf_logging
 
-from lmolt import batches, hub, losses, models, reference, resume, strategy
-from lmolt.arguments import PreferenceArguments
-from lmolt.preemption import StopWhenAsked
+from lmolt import hub
+from lmolt.data.triples import read_triples
+from lmolt.distributed import strategy
+from lmolt.distributed.preemption import StopWhenAsked
+from lmolt.models import loading
 from lmolt.recipes import apply_recipe
-from lmolt.trainer import PreferenceTrainer
-from lmolt.triples import read_triples
+from lmolt.training import batches, checkpoints, losses, reference
+from lmolt.training.arguments import PreferenceArguments
+from lmolt.training.trainer import PreferenceTrainer
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
 
@@ -56,12 +59,12 @@ def check_output_dir(args: PreferenceArguments) -> Path | None:
     output_dir = Path(args.output_dir)
     wanted = args.resume_from_checkpoint
     if wanted and str(wanted).lower() not in ("true", "false"):
-        wrong = resume.what_is_wrong(Path(wanted)) if Path(wanted).is_dir() else "there is no such folder"
+        wrong = checkpoints.what_is_wrong(Path(wanted)) if Path(wanted).is_dir() else "there is no such folder"
         if wrong:
             raise ValueError(f"can't resume from {wanted}: {wrong}; --resume_from_checkpoint true finds the latest")
         return Path(wanted)
     if wanted and str(wanted).lower() == "true":
-        return resume.last_good_checkpoint(output_dir)
+        return checkpoints.last_good_checkpoint(output_dir)
     if args.overwrite_output_dir:
         if args.process_index == 0:
             shutil.rmtree(output_dir, ignore_errors=True)
@@ -69,7 +72,7 @@ def check_output_dir(args: PreferenceArguments) -> Path | None:
         raise ValueError(
             f"{output_dir} holds a finished adapter; choose another --output_dir or --overwrite_output_dir"
         )
-    elif resume.checkpoints(output_dir):
+    elif checkpoints.checkpoints(output_dir):
         raise ValueError(
             f"{output_dir} holds checkpoints of an interrupted run; go on with --resume_from_checkpoint true, or start "
             "anew with --overwrite_output_dir"
@@ -111,16 +114,16 @@ def main(argv: list[str]) -> None:
     # --- output folder, the embedded default
     checkpoint = check_output_dir(args)
     if ROOT / "runs" / "demo" in (ROOT / args.triples).parents:
-        from lmolt import demo
+        from lmolt.demo import build
 
         with args.main_process_first(desc="building what the embedded default lacks"):
-            demo.prepare()
+            build.prepare()
 
     # --- triples -> token ids
-    models.check_model_folder(args.model)
+    loading.check_model_folder(args.model)
     if args.adapter:
-        models.check_adapter_folder(args.adapter)
-    tokenizer = models.load_tokenizer(args.model, args.revision, args.trust_remote_code)
+        loading.check_adapter_folder(args.adapter)
+    tokenizer = loading.load_tokenizer(args.model, args.revision, args.trust_remote_code)
     train, held_out, dropped = read_examples(args, tokenizer)
     say(f"reads {args.triples}: {count(train)} to train on, {count(held_out)} held out, {dict(dropped) or 0} dropped")
     if not held_out:
@@ -135,14 +138,14 @@ def main(argv: list[str]) -> None:
         args.hub_model_id = hub.reserve(name, args.hub_private_repo, args.hub_revision)
 
     # --- policy
-    base = models.load_base(
+    base = loading.load_base(
         args.model,
         revision=args.revision,
         load_in_4bit=args.load_in_4bit,
         dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
         trust_remote_code=args.trust_remote_code,
     )
-    policy = models.add_adapter(
+    policy = loading.add_adapter(
         base,
         args.adapter,
         r=args.lora_r,

@@ -1,5 +1,6 @@
 """Tiny models and data, made here: nothing is downloaded."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
+
+
+def load_script(name: str):
+    """The module scripts/NAME.py, which puts the project's root first on `sys.path` when it is loaded."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    first = sys.path[0]
+    spec.loader.exec_module(module)
+    sys.path[0] = first
+    return module
 
 
 def pytest_configure(config):

@@ -15,7 +15,7 @@ import torch
 from hub_server import HubServer
 from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
 
-from lmolt.triples import read_triples
+from lmolt.data.triples import read_triples
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = [{"molecule": "C" * n + "=O", "caption": f"an aldehyde of {n}."} for n in range(1, 13)]
@@ -23,7 +23,7 @@ UNSEEN = ["C" * a + "O" + "C" * b + "N" + "C" * c for a in range(15) for b in ra
 READ = """
 import json, sys
 from collections import Counter
-from lmolt.pairs import read_pairs
+from lmolt.data.pairs import read_pairs
 counts = Counter()
 sets = [read_pairs(*spec.split(), counts, seed=seed) for seed, spec in enumerate(sys.argv[1:])]
 print(json.dumps([sets, counts]))

@@ -10,9 +10,9 @@ from rdkit import Chem
 from rdkit.Chem import Descriptors
 from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
 
-from lmolt import demo, demo_captions
+from lmolt.data.triples import read_triples
+from lmolt.demo import build, captions
 from lmolt.prompts import CAP2MOL, MOL2CAP, build_prompt, encode_prompt
-from lmolt.triples import read_triples
 
 # --- what a caption says, read back from the text
 
@@ -189,7 +189,7 @@ def ring_count(molecule, name: str) -> int:
 
 
 def matches(molecule, part: set[int], name: str) -> bool:
-    parent = Chem.MolFromSmiles(demo_captions.RING_SYSTEMS[name])
+    parent = Chem.MolFromSmiles(captions.RING_SYSTEMS[name])
     ring = {a.GetIdx() for a in parent.GetAtoms() if a.IsInRing()}
     bonds = lambda m, inside: sorted(
         b.GetBondTypeAsDouble() for b in m.GetBonds() if {b.GetBeginAtomIdx(), b.GetEndAtomIdx()} <= inside
@@ -203,7 +203,7 @@ def matches(molecule, part: set[int], name: str) -> bool:
 
 
 def is_named(molecule, part: set[int]) -> bool:
-    return any(matches(molecule, part, name) for name in demo_captions.RING_SYSTEMS)
+    return any(matches(molecule, part, name) for name in captions.RING_SYSTEMS)
 
 
 def substitution(molecule, benzene: set[int]) -> str:
@@ -280,7 +280,7 @@ def check_caption(smiles: str, text: str) -> set[str]:
             assert not ring_components(molecule), (smiles, text)
             continue
         singular = noun.removesuffix("s") if number(count) > 1 else noun
-        group = singular in demo_captions.GROUPS
+        group = singular in captions.GROUPS
         derived = graph_count(molecule, singular) if group else ring_count(molecule, noun if "of" in noun else singular)
         assert derived == number(count), (smiles, part, derived)
         nouns.add(singular)
@@ -295,7 +295,7 @@ def check_caption(smiles: str, text: str) -> set[str]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("demo")
-    demo.prepare(root, "tiny")
+    build.prepare(root, "tiny")
     return root
 
 
@@ -308,15 +308,15 @@ def nci(every: int) -> list[str]:
 def test_every_statement_of_a_caption_is_true():
     nouns, kinds_of_form = set(), set()
     for smiles in nci(every=6):
-        text = demo_captions.caption(Chem.MolFromSmiles(smiles), 0)
+        text = captions.caption(Chem.MolFromSmiles(smiles), 0)
         nouns |= check_caption(smiles, text)
         kinds_of_form.add(next(i for i, form in enumerate(FORMS) if re.fullmatch(form, text)))
     assert kinds_of_form == {0, 1, 2}
-    assert len(nouns & set(demo_captions.GROUPS)) > 25
+    assert len(nouns & set(captions.GROUPS)) > 25
 
 
 def test_a_false_statement_is_noticed():
-    text = demo_captions.caption(Chem.MolFromSmiles("Cc1ccc(Cl)cc1"), 0)
+    text = captions.caption(Chem.MolFromSmiles("Cc1ccc(Cl)cc1"), 0)
     check_caption("Cc1ccc(Cl)cc1", text)
     for wrong in ("Cc1cccc(Cl)c1", "Cc1ccc(Br)cc1", "CCc1ccc(Cl)cc1", "Clc1ccccc1"):
         with pytest.raises(AssertionError):
@@ -337,21 +337,21 @@ def test_a_false_statement_is_noticed():
 )  # fmt: skip
 def test_known_molecules(smiles, phrases):
     molecule = Chem.MolFromSmiles(smiles)
-    said = demo_captions.ring_phrases(molecule) + demo_captions.group_phrases(molecule)
+    said = captions.ring_phrases(molecule) + captions.group_phrases(molecule)
     assert set(phrases) <= set(said)
     assert not {"an ester", "a nitro group"} & set(said) - set(phrases)
 
 
 def test_captions_depend_on_molecule_and_seed_only():
     smiles = nci(every=100)
-    captions = [demo_captions.caption(Chem.MolFromSmiles(s), 0) for s in smiles]
-    again = [demo_captions.caption(Chem.MolFromSmiles(s), 0) for s in reversed(smiles)]
-    assert captions == again[::-1]
-    assert captions != [demo_captions.caption(Chem.MolFromSmiles(s), 1) for s in smiles]
+    ours = [captions.caption(Chem.MolFromSmiles(s), 0) for s in smiles]
+    again = [captions.caption(Chem.MolFromSmiles(s), 0) for s in reversed(smiles)]
+    assert ours == again[::-1]
+    assert ours != [captions.caption(Chem.MolFromSmiles(s), 1) for s in smiles]
 
 
 def test_pairs(tiny, capsys):
-    rows = demo.pairs(tiny)
+    rows = build.pairs(tiny)
     assert list(rows[0]) == ["id", "molecule", "caption", "split"]
     assert len({row["id"] for row in rows}) == len({row["molecule"] for row in rows}) == len(rows)
     scaffolds: dict[str, set] = {}
@@ -390,22 +390,22 @@ def test_only_what_lacks_is_built(tiny, capsys):
     weights = (models / "mol2cap" / "model.safetensors").read_bytes()
     (models / "finished").unlink()
     (models / "mol2cap").rename(models / ".mol2cap.partial")  # as a killed run leaves it
-    demo.build_models(tiny, "tiny")
+    build.build_models(tiny, "tiny")
     after = {path: path.stat().st_mtime_ns for path in models.rglob("model.safetensors")}
     assert {path.parent.name for path in after if after[path] != before.get(path)} == {"mol2cap"}
     assert (models / "mol2cap" / "model.safetensors").read_bytes() == weights  # deterministic
     capsys.readouterr()
-    demo.build_models(tiny, "tiny")
+    build.build_models(tiny, "tiny")
     assert capsys.readouterr().out == ""
 
 
 def test_triples(tiny):
     triples = read_triples(tiny / "triples.parquet")
-    train = {pair["molecule"] for pair in demo.pairs(tiny) if pair["split"] == "train"}
+    train = {pair["molecule"] for pair in build.pairs(tiny) if pair["split"] == "train"}
     assert {t["chosen"] if t["direction"] == CAP2MOL else t["source"] for t in triples} <= train
 
 
 def test_importing_the_demo_needs_neither_torch_nor_rdkit():
-    code = "import sys; from lmolt import demo; print({'torch', 'rdkit', 'transformers'} & set(sys.modules))"
+    code = "import sys; from lmolt.demo import build; print({'torch', 'rdkit', 'transformers'} & set(sys.modules))"
     root = Path(__file__).resolve().parents[1]
     assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() == "set()"

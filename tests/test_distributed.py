@@ -14,8 +14,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lmolt import strategy
-from lmolt.triples import write_triples
+from lmolt.data.triples import write_triples
+from lmolt.distributed import strategy
 
 ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = {"ddp": ("DDP", "none"), "zero2": ("ZeRO-2", "none"), "zero3": ("ZeRO-3", "none")}
@@ -153,7 +153,7 @@ def test_a_process_that_left_its_group_ends_in_peace():
     """Exchanges of another group are still under way when the work is done: they abort an interpreter that ends."""
     script = (
         "import time, torch, torch.distributed as dist; from accelerate import PartialState\n"
-        "from lmolt.strategy import leave_group\n"
+        "from lmolt.distributed.strategy import leave_group\n"
         "state, group = PartialState(cpu=True), dist.new_group()\n"
         "for _ in range(500): dist.all_reduce(torch.ones(10), group=group, async_op=True)\n"
         "leave_group(75)\n"

@@ -14,7 +14,7 @@ import pytest
 from test_metrics_captions import make_nli
 from test_translate import make_t5
 
-from lmolt.pairs import read_table, write_table
+from lmolt.files import read_table, write_table
 from lmolt.prompts import CAP2MOL, MOL2CAP
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -323,8 +323,8 @@ def test_a_sequence_to_sequence_model_and_a_quantised_one(script, tiny_policy, t
     import torch
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+    from lmolt.generation.translate import load_translator
     from lmolt.prompts import build_prompt, encode_prompt
-    from lmolt.translate import load_translator
 
     def outputs(*arguments):
         script(*arguments, "--pairs", tmp_path / "pairs.csv", "--max_new_tokens", 12, "--n_bootstrap", 5, "--no_fcd",

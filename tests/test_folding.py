@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lmolt import folding
-from lmolt.checkpoints import Checkpoint
+from lmolt.merging import folding
+from lmolt.merging.safetensors_io import Checkpoint
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "merge.py"
 

@@ -15,8 +15,8 @@ import yaml
 from hub_server import HubServer
 
 from lmolt import card
-from lmolt.pairs import write_table
-from lmolt.triples import write_triples
+from lmolt.data.triples import write_triples
+from lmolt.files import write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,7 +52,7 @@ def test_pairs_come_from_the_hub(hub, tmp_path):
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     hub.add("org/jsonl", {"train.jsonl": lines.encode()}, "dataset", private=True)
     code = (
-        "import sys, json; from lmolt.pairs import read_pairs\n"
+        "import sys, json; from lmolt.data.pairs import read_pairs\n"
         "print(json.dumps(read_pairs(sys.argv[1], sys.argv[2] or None)))"
     )
     environment = hub.environment(tmp_path / "home")
@@ -65,7 +65,7 @@ def test_pairs_come_from_the_hub(hub, tmp_path):
 
 
 def test_a_models_commit_is_part_of_its_identity(hub, tmp_path):
-    code = "from lmolt.reference import weights_identity; print(weights_identity('org/base', 'config.json'))"
+    code = "from lmolt.training.reference import weights_identity; print(weights_identity('org/base', 'config.json'))"
     for content in (b"{}", b'{"hidden_size": 64}'):
         commit = hub.add("org/base", {"config.json": content})
         assert python(code, hub.environment(tmp_path / "home")) == f"org/base@{commit}\n"
@@ -105,8 +105,8 @@ def train(hub, tmp_path, tiny_policy, few_triples):
 
 
 def test_a_finished_adapter_is_uploaded_and_its_cards_python_runs(hub, tmp_path, train, tiny_policy):
+    from lmolt.generation.translate import load_translator, translate
     from lmolt.prompts import build_prompt
-    from lmolt.translate import load_translator, translate
 
     token = hub.login("alice")
     hub.cut("PUT /lfs/", after=1000, times=1)  # once, which huggingface_hub mends by itself

@@ -1,6 +1,6 @@
 """Duplicates and leakage against molecules whose relations are known."""
 
-from lmolt.hygiene import screen
+from lmolt.data.decontamination import screen
 
 
 def pairs(*molecules: str) -> list[dict]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lmolt import losses
+from lmolt.training import losses
 
 W, L = [-12.5, -3.25, -40.0], [-15.0, -2.5, -38.0]
 REF_W, REF_L = [-13.0, -3.5, -36.0], [-14.0, -3.0, -37.0]

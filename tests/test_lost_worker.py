@@ -14,8 +14,8 @@ import pytest
 from test_make_triples import PAIRS
 from test_two_nodes import CPO, one_process, steps, two_nodes  # noqa: F401
 
-from lmolt.pairs import read_table, write_table
-from lmolt.triples import write_triples
+from lmolt.data.triples import write_triples
+from lmolt.files import read_table, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 

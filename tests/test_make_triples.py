@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from test_translate import make_t5
 
-from lmolt.pairs import write_table
-from lmolt.triples import read_triples
+from lmolt.data.triples import read_triples
+from lmolt.files import write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 MOLECULES = ["C" * n + end for n in range(1, 6) for end in ("O", "N", "Cl", "c1ccccc1")]

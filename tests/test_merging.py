@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lmolt import checkpoints, merging
-from lmolt.checkpoints import Checkpoint
-from lmolt.verification import plain, units_apart
+from lmolt.merging import methods, safetensors_io
+from lmolt.merging.safetensors_io import Checkpoint
+from lmolt.merging.verification import plain, units_apart
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 SHAPE = (700, 400)  # more than two pieces
@@ -36,8 +36,8 @@ def three(request, tmp_path):
 def merge(recipe, models, base=None, dtype="BF16"):
     """The merged tensor `w` in float64 and its record."""
     pieces = []
-    record = merging.merge_tensor("w", models, base, recipe, dtype, pieces.append)
-    return np.concatenate([checkpoints.decode(piece, dtype, np.float64) for piece in pieces]), record
+    record = methods.merge_tensor("w", models, base, recipe, dtype, pieces.append)
+    return np.concatenate([safetensors_io.decode(piece, dtype, np.float64) for piece in pieces]), record
 
 
 # --- literals
@@ -51,7 +51,7 @@ def literal(tmp_path, recipe, base, *models):
 
 def test_ties_by_hand(tmp_path):
     """Trim to 2 of 4; the votes 3, -1 elect +; the loser's weight is not in the divisor."""
-    recipe = merging.Recipe("ties", [1.0, 0.5], [0.5, 0.5])
+    recipe = methods.Recipe("ties", [1.0, 0.5], [0.5, 0.5])
     merged, record = literal(tmp_path, recipe, [1.0, 1, 1, 1], [4.0, 1.5, -1, 1], [-1.0, 1.25, 3, 1])
     # deltas 3 .5 -2 0 and -2 .25 2 0; kept 3 0 -2 0 and -2 0 2 0; votes 3 0 -2 0 and -1 0 1 0
     assert merged.tolist() == [4, 1, -1, 1]
@@ -59,50 +59,50 @@ def test_ties_by_hand(tmp_path):
 
 
 def test_ties_without_normalisation_with_lambda(tmp_path):
-    recipe = merging.Recipe("ties", [1.0, 0.5], [1.0, 1.0], normalize=False, scale=2.0)
+    recipe = methods.Recipe("ties", [1.0, 0.5], [1.0, 1.0], normalize=False, scale=2.0)
     merged, _ = literal(tmp_path, recipe, [0.0, 0, 0], [1.0, -4, 1], [2.0, 2, -2])
     assert merged.tolist() == [4, -8, 2]  # the last: a sum of 0 elects +
 
 
 def test_of_equal_magnitudes_the_first_stay(tmp_path):
-    recipe = merging.Recipe("ties", [1.0], [0.5])
+    recipe = methods.Recipe("ties", [1.0], [0.5])
     merged, _ = literal(tmp_path, recipe, [0.0] * 6, [1.0, -1, 2, 1, 1, -1])
     assert merged.tolist() == [1, -1, 2, 0, 0, 0]
 
 
 def test_linear_divides_by_the_sum_of_weights(tmp_path):
-    merged, _ = literal(tmp_path, merging.Recipe("linear", [3.0, 1.0]), None, [4.0, 8], [0.0, -8])
+    merged, _ = literal(tmp_path, methods.Recipe("linear", [3.0, 1.0]), None, [4.0, 8], [0.0, -8])
     assert merged.tolist() == [3, 4]
 
 
 def test_linear_without_normalisation(tmp_path):
-    recipe = merging.Recipe("linear", [3.0, -3.0], normalize=False)
+    recipe = methods.Recipe("linear", [3.0, -3.0], normalize=False)
     merged, record = literal(tmp_path, recipe, None, [4.0, 8], [0.0, -8])
     assert merged.tolist() == [12, 48]
-    assert merging.effective_weights(np.array(record["inner"])) == pytest.approx([3, -3])
+    assert methods.effective_weights(np.array(record["inner"])) == pytest.approx([3, -3])
 
 
 def test_slerp_of_a_right_angle(tmp_path):
-    merged, record = literal(tmp_path, merging.Recipe("slerp", [0.5, 0.5]), None, [2.0, 0], [0.0, 3])
+    merged, record = literal(tmp_path, methods.Recipe("slerp", [0.5, 0.5]), None, [2.0, 0], [0.0, 3])
     assert merged == pytest.approx([2 * 0.5**0.5, 3 * 0.5**0.5]) and not record["linear"]
 
 
 def test_slerp_is_linear_where_the_angle_is_small_and_takes_zeros(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    merged, record = literal(tmp_path / "a", merging.Recipe("slerp", [0.75, 0.25]), None, [4.0, 4], [8.0, 8])
+    merged, record = literal(tmp_path / "a", methods.Recipe("slerp", [0.75, 0.25]), None, [4.0, 4], [8.0, 8])
     assert merged.tolist() == [5, 5] and record["linear"]
-    merged, record = literal(tmp_path / "b", merging.Recipe("slerp", [0.5, 0.5]), None, [0.0, 0], [2.0, 0])
+    merged, record = literal(tmp_path / "b", methods.Recipe("slerp", [0.5, 0.5]), None, [0.0, 0], [2.0, 0])
     assert merged == pytest.approx([2 * 0.5**0.5, 0]) and not record["linear"]
 
 
 def test_dare_keeps_the_expected_delta(tmp_path):
     size = 200_000
-    merged, _ = literal(tmp_path, merging.Recipe("dare_ties", [1.0], [0.25]), np.zeros(size), np.ones(size))
+    merged, _ = literal(tmp_path, methods.Recipe("dare_ties", [1.0], [0.25]), np.zeros(size), np.ones(size))
     assert set(merged.tolist()) == {0, 4} and merged.mean() == pytest.approx(1, abs=0.02)
 
 
 def test_the_pattern_decides_the_weights():
-    recipe = merging.Recipe("linear", [0.5, 0.5], weights_for={"layers": [0.2, 0.8], r"layers\.1\.": [1.0, 0.0]})
+    recipe = methods.Recipe("linear", [0.5, 0.5], weights_for={"layers": [0.2, 0.8], r"layers\.1\.": [1.0, 0.0]})
     assert recipe.weights_of("embed") == [0.5, 0.5]
     assert recipe.weights_of("layers.0.q") == [0.2, 0.8]
     assert recipe.weights_of("layers.1.q") == [1.0, 0.0]
@@ -113,8 +113,8 @@ def test_effective_weights_are_the_fit():
     x, y = rng.standard_normal((2, 1000))
     vectors = np.stack([x, y, 0.7 * x - 0.2 * y])
     inner = vectors @ vectors.T
-    assert merging.effective_weights(inner) == pytest.approx([0.7, -0.2])
-    assert merging.cosines(inner) == pytest.approx([x @ y / np.linalg.norm(x) / np.linalg.norm(y)])
+    assert methods.effective_weights(inner) == pytest.approx([0.7, -0.2])
+    assert methods.cosines(inner) == pytest.approx([x @ y / np.linalg.norm(x) / np.linalg.norm(y)])
 
 
 # --- mergekit 0.1.5, its formulas written out
@@ -160,7 +160,7 @@ def mergekit_slerp(a, b, t):
 def test_linear_is_mergekits_bit_for_bit(three, weights):
     dtype, (_, *tensors), (_, *folders) = three
     count = len(weights)
-    merged, _ = merge(merging.Recipe("linear", weights, rounding="mergekit"), folders[:count], dtype=dtype)
+    merged, _ = merge(methods.Recipe("linear", weights, rounding="mergekit"), folders[:count], dtype=dtype)
     theirs = mergekit_linear(tensors[:count], weights).double().numpy().ravel()
     assert (merged != theirs).sum() == 0
 
@@ -178,7 +178,7 @@ def test_linear_is_mergekits_bit_for_bit(three, weights):
 def test_ties_is_mergekits_bit_for_bit(three, weights, density, normalize, scale):
     dtype, (base, *tensors), (base_folder, *folders) = three
     count = len(weights)
-    recipe = merging.Recipe("ties", weights, density, normalize, scale, "mergekit")
+    recipe = methods.Recipe("ties", weights, density, normalize, scale, "mergekit")
     merged, _ = merge(recipe, folders[:count], base_folder, dtype)
     theirs = mergekit_ties(base, tensors[:count], weights, density, normalize, scale).double().numpy().ravel()
     assert (merged != theirs).sum() == 0
@@ -186,7 +186,7 @@ def test_ties_is_mergekits_bit_for_bit(three, weights, density, normalize, scale
 
 def test_slerp_is_mergekits_but_for_a_rounding(three):
     dtype, (_, a, b, _), (_, *folders) = three
-    merged, _ = merge(merging.Recipe("slerp", [0.95, 0.05], rounding="mergekit"), folders[:2], dtype=dtype)
+    merged, _ = merge(methods.Recipe("slerp", [0.95, 0.05], rounding="mergekit"), folders[:2], dtype=dtype)
     theirs = mergekit_slerp(a, b, 0.05).double().numpy().ravel()
     if dtype != "F32":  # there the angle, too, is float32 for mergekit: every value moves
         assert (merged != theirs).mean() < 1e-3
@@ -215,7 +215,7 @@ def exact_ties(base, models, recipe):
 @pytest.mark.parametrize("method", ["ties", "slerp", "linear"])
 def test_every_value_is_the_float64_formula_rounded_once(three, method):
     dtype, (base, a, b, _), (base_folder, *folders) = three
-    recipe = merging.Recipe(method, [0.95, 0.05], [0.5, 0.2])
+    recipe = methods.Recipe(method, [0.95, 0.05], [0.5, 0.2])
     origin = base_folder if method == "ties" else None
     merged, _ = merge(recipe, folders[:2], origin, dtype)
     x, y = a.double().flatten(), b.double().flatten()
@@ -234,7 +234,7 @@ def test_types_may_be_mixed(tmp_path):
     torch.manual_seed(0)
     a, b = torch.randn(1000), torch.randn(1000)
     folders = [checkpoint(tmp_path / "a", a, torch.float16), checkpoint(tmp_path / "b", b, torch.float32)]
-    merged, _ = merge(merging.Recipe("linear", [0.5, 0.5]), folders, dtype="BF16")
+    merged, _ = merge(methods.Recipe("linear", [0.5, 0.5]), folders, dtype="BF16")
     assert merged.tolist() == ((a.half().double() + b.double()) / 2).bfloat16().double().tolist()
 
 
@@ -261,7 +261,7 @@ def test_trim_keeps_what_a_stable_sort_keeps(tmp_path, values, density, kind):
     zero = checkpoint(tmp_path / "0", np.zeros_like(values), torch.float32)
     one = checkpoint(tmp_path / "1", values, torch.float32)
     rounding = "once" if kind is np.float64 else "mergekit"
-    merged, _ = merge(merging.Recipe("ties", [1.0], [density], rounding=rounding), [one], zero, "F32")
+    merged, _ = merge(methods.Recipe("ties", [1.0], [density], rounding=rounding), [one], zero, "F32")
     expected = np.zeros_like(values)
     first = np.argsort(-np.abs(values), kind="stable")[: max(1, int(density * values.size))]
     expected[first] = values[first]
@@ -275,7 +275,7 @@ def test_bfloat16_rounds_as_torch_does():
     bits = np.arange(0, 1 << 32, 99_991, np.uint64).astype(np.uint32)
     values = bits.view(np.float32)
     values = values[np.isfinite(values)]
-    ours = checkpoints.encode(values, "BF16")
+    ours = safetensors_io.encode(values, "BF16")
     assert np.array_equal(ours, torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16))
-    again = checkpoints.decode(ours, "BF16")
-    assert np.array_equal(checkpoints.encode(again[np.isfinite(again)], "BF16"), ours[np.isfinite(again)])
+    again = safetensors_io.decode(ours, "BF16")
+    assert np.array_equal(safetensors_io.encode(again[np.isfinite(again)], "BF16"), ours[np.isfinite(again)])

@@ -7,7 +7,7 @@ from nltk.translate.chrf_score import sentence_chrf
 from rdkit import Chem, DataStructs
 from rdkit.Chem import rdFingerprintGenerator
 
-from lmolt.negatives import describe, figure, table, triples_of
+from lmolt.data.negatives import describe, figure, table, triples_of
 
 PAIR = {"id": "7", "molecule": "CC(=O)Nc1ccc(O)cc1", "caption": "The molecule is a pain killer."}
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lmolt.pairs import clean, read_pairs, read_table, sample, scaffold_split, write_table
+from lmolt.data.pairs import clean, read_pairs, sample, scaffold_split
+from lmolt.files import read_table, write_table
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ROWS = [
@@ -190,7 +191,7 @@ def test_no_scaffold_is_in_two_parts():
 def test_reading_triples_imports_neither_rdkit_nor_torch(tmp_path):
     row = {"id": "1", "direction": "cap2mol", "source": "An alcohol.", "chosen": "CCO", "rejected": "CC("}
     (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
-    code = "import sys; from lmolt.triples import read_triples; print(read_triples(sys.argv[1])[0]['chosen'])"
+    code = "import sys; from lmolt.data.triples import read_triples; print(read_triples(sys.argv[1])[0]['chosen'])"
     code += "; assert not {'rdkit', 'torch'} & set(sys.modules)"
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "t.jsonl"], cwd=root, capture_output=True, text=True)

@@ -1,6 +1,5 @@
 """The plan of the paper's tables: complete, in order, of commands that the scripts take; and it runs."""
 
-import importlib.util
 import shlex
 import shutil
 import subprocess
@@ -9,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import load_script
 
-from lmolt.paper import ROWS, plan
-from lmolt.systems import SYSTEMS
+from lmolt.generation.systems import SYSTEMS
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = {"sft", "dpo", "dpo_kto_pair", "cpo", "kto"} | {
@@ -19,13 +18,8 @@ TRAINED = {"sft", "dpo", "dpo_kto_pair", "cpo", "kto"} | {
 }
 
 
-def load(script: str):
-    before = sys.path[0]
-    spec = importlib.util.spec_from_file_location(f"paper_{script}", ROOT / "scripts" / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[0] = before
-    return module
+paper = load_script("paper")
+plan, ROWS = paper.plan, paper.ROWS
 
 
 @pytest.mark.parametrize(("scale", "rows"), [("paper", 17), ("demo", 13), ("tiny", 13)])
@@ -71,10 +65,10 @@ def test_the_scripts_take_every_command(scale):
     from transformers import HfArgumentParser
 
     from lmolt.recipes import apply_recipe
-    from lmolt.trainer import PreferenceArguments
+    from lmolt.training.trainer import PreferenceArguments
 
-    parse = {name: load(name).parse_arguments for name in ("make_triples", "evaluate")}
-    merge = load("merge")
+    parse = {name: load_script(name).parse_arguments for name in ("make_triples", "evaluate")}
+    merge = load_script("merge")
     for stage in plan(scale, trust_remote_code=True):
         script, argv = Path(stage.command[1]).stem, stage.command[2:]
         if script == "train_pref":
@@ -97,11 +91,11 @@ def test_the_scripts_take_every_command(scale):
 
 
 def test_dry_run_prints_the_plan_and_runs_nothing():
-    command = [sys.executable, "-m", "lmolt.paper", "--dry_run"]
+    command = [sys.executable, "scripts/paper.py", "--dry_run"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "hours left" in done.stdout and "slerp_cpo" in done.stdout
     assert "python scripts/train_pref.py --recipe recipes/paper/cpo.yaml --resume_from_checkpoint true\n" in done.stdout
-    away = subprocess.run(command, cwd="/", capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    away = subprocess.run([command[0], ROOT / command[1]], cwd="/", capture_output=True, text=True)
     assert away.returncode == 2 and "in the project's folder" in away.stderr
 
 
@@ -110,7 +104,7 @@ def test_a_row_from_nothing_to_the_tables(tmp_path):
     """In a copy of the project, the smallest embedded default; a second run does nothing again."""
     for name in ("lmolt", "scripts", "recipes"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "lmolt.paper", "--scale", "tiny", "--rows", "ties_dpo_kto_pair"]
+    command = [sys.executable, "scripts/paper.py", "--scale", "tiny", "--rows", "ties_dpo_kto_pair"]
     run = lambda: subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     first = run()
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]

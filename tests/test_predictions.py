@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lmolt.pairs import write_table
-from lmolt.predictions import digest, read_predictions, rows_of_pairs
+from lmolt.data.predictions import digest, read_predictions, rows_of_pairs
+from lmolt.files import write_table
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "lpm24"
 HEADER = "description\tground truth\toutput\n"

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from lmolt import figures, report, report_html
+from lmolt.report import figures, page, report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -59,7 +59,7 @@ def test_atoms_that_differ_from_the_reference_are_marked():
 def test_a_large_evaluation_keeps_the_worst_and_the_best_of_each_system():
     rows = [{"id": str(i), "scores": [[float(i)], [float(-i)], [None]]} for i in range(1000)]
     part = {"rows": rows, "systems": ["a", "b", "c"], "measures": [["chrf", "Chr-F", 1]]}
-    kept = [int(row["id"]) for row in report_html._kept(part, 60)]
+    kept = [int(row["id"]) for row in page._kept(part, 60)]
     assert kept == sorted(kept) and len(kept) <= 60
     assert {0, 1, 9, 990, 999} <= set(kept)
 

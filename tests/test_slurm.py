@@ -14,7 +14,7 @@ import psutil
 import pytest
 from test_two_nodes import CPO, one_process, steps
 
-from lmolt.triples import write_triples
+from lmolt.data.triples import write_triples
 
 ROOT = Path(__file__).resolve().parents[1]
 # A cluster's node names can be looked up. So can this host's, which is the main node, being the first by the alphabet.

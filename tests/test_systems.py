@@ -8,11 +8,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from lmolt.internlm2 import load_internlm2
-from lmolt.pairs import read_table, write_table
+from lmolt.files import read_table, write_table
+from lmolt.generation.systems import SYSTEMS, System, finish, load, read_system
+from lmolt.generation.translate import translate
+from lmolt.models.internlm2 import load_internlm2
 from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP, STYLES, build_prompt, encode_prompt
-from lmolt.systems import SYSTEMS, System, finish, load, read_system
-from lmolt.translate import translate
 from tests.test_evaluate import script  # noqa: F401
 
 NAMES = list(yaml.safe_load(SYSTEMS.read_text()))

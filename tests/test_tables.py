@@ -2,8 +2,8 @@
 
 import csv
 
-from lmolt import tables
 from lmolt.prompts import CAP2MOL, MOL2CAP
+from lmolt.report import tables
 
 
 def entry(value, convention="exact"):

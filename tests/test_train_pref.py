@@ -15,8 +15,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lmolt.resume import last_good_checkpoint, what_is_wrong, write_manifest
-from lmolt.triples import write_triples
+from lmolt.data.triples import write_triples
+from lmolt.training.checkpoints import last_good_checkpoint, what_is_wrong, write_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--use_cpu", "true", "--bf16", "false", "--load_in_4bit", "false", "--gradient_accumulation_steps", "4"]
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
 def test_training_needs_neither_rdkit_nor_matplotlib():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import lmolt.trainer, lmolt.triples, lmolt.models\n"
+        "import lmolt.training.trainer, lmolt.data.triples, lmolt.models.loading\n"
         "assert not {'rdkit', 'matplotlib', 'nltk', 'lmolt.metrics'} & sys.modules.keys()"
     )
     assert subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True).returncode == 0

@@ -7,15 +7,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from lmolt import batches, models
-from lmolt.batches import StepBatchSampler, balance
-from lmolt.trainer import PreferenceArguments, PreferenceTrainer
+from lmolt.models import loading
+from lmolt.training import batches
+from lmolt.training.batches import StepBatchSampler, balance
+from lmolt.training.trainer import PreferenceArguments, PreferenceTrainer
 
 LOSSES = ("sft", "dpo", "cpo", "kto")
 
 
 def make_trainer(folder, triples, output_dir, **overrides) -> PreferenceTrainer:
-    tokenizer = models.load_tokenizer(str(folder))
+    tokenizer = loading.load_tokenizer(str(folder))
     examples, _ = batches.encode_triples(triples, tokenizer, 512, "error")
     settings = {
         "loss": "cpo",
@@ -36,8 +37,8 @@ def make_trainer(folder, triples, output_dir, **overrides) -> PreferenceTrainer:
     if args.loss == "kto":
         batches.assign_mismatches(examples, args.seed)
     torch.manual_seed(0)
-    base = models.load_base(str(folder), load_in_4bit=args.load_in_4bit, dtype=torch.float32)
-    policy = models.add_adapter(base, None, r=4, alpha=16, dropout=args.lora_dropout, target_modules="all-linear")
+    base = loading.load_base(str(folder), load_in_4bit=args.load_in_4bit, dtype=torch.float32)
+    policy = loading.add_adapter(base, None, r=4, alpha=16, dropout=args.lora_dropout, target_modules="all-linear")
     held_out = examples[:4] if args.eval_strategy != "no" else []
     trainer = PreferenceTrainer(policy, args, examples, held_out, processing_class=tokenizer)
     if args.loss in ("dpo", "kto", "kto_pair"):
@@ -144,7 +145,7 @@ def test_balance_spreads_cost():
 
 
 def test_mismatched_partners_keep_direction_and_differ(tiny_policy, few_triples):
-    tokenizer = models.load_tokenizer(str(tiny_policy))
+    tokenizer = loading.load_tokenizer(str(tiny_policy))
     examples, _ = batches.encode_triples(few_triples, tokenizer, 512, "error")
     batches.assign_mismatches(examples, seed=1)
     outputs = {
@@ -156,7 +157,7 @@ def test_mismatched_partners_keep_direction_and_differ(tiny_policy, few_triples)
 
 
 def test_one_bos_one_eos_and_no_eos_lost_when_pad_is_eos(tiny_policy, few_triples):
-    tokenizer = models.load_tokenizer(str(tiny_policy))
+    tokenizer = loading.load_tokenizer(str(tiny_policy))
     tokenizer.pad_token = tokenizer.eos_token
     examples, _ = batches.encode_triples(few_triples, tokenizer, 512, "error")
     for example in examples:
@@ -169,7 +170,7 @@ def test_one_bos_one_eos_and_no_eos_lost_when_pad_is_eos(tiny_policy, few_triple
 
 
 def test_long_rows_are_an_error_or_counted(tiny_policy, few_triples):
-    tokenizer = models.load_tokenizer(str(tiny_policy))
+    tokenizer = loading.load_tokenizer(str(tiny_policy))
     long = few_triples + [{**few_triples[0], "id": "long", "chosen": "CC" * 400}]
     with pytest.raises(ValueError, match="'long'.*--max_length 200.*drop"):
         batches.encode_triples(long, tokenizer, 200, "error")
@@ -181,7 +182,7 @@ def test_long_rows_are_an_error_or_counted(tiny_policy, few_triples):
 def test_a_mask_that_the_model_ignores_is_refused(tiny_policy, few_triples, tmp_path, monkeypatch):
     trainer = make_trainer(tiny_policy, few_triples, tmp_path)
     see_all = lambda tree, window=None: torch.ones(1, 1, *[len(tree.subtree_end)] * 2, dtype=torch.bool).tril()
-    monkeypatch.setattr("lmolt.tree.Tree.attention_mask", see_all)
+    monkeypatch.setattr("lmolt.models.tree.Tree.attention_mask", see_all)
     with pytest.raises(ValueError, match="--packing padded"):
         trainer.train()
 
@@ -215,7 +216,7 @@ def test_trains_evaluates_and_saves_an_adapter_that_peft_loads(tiny_policy, few_
     assert {"eval_loss", "eval_mol2cap/rewards/margins", "eval_cap2mol/nll"} <= set().union(*history)
     assert all(row["padding"] == 0 for row in history if "padding" in row)
     trainer.save_model(str(tmp_path / "adapter"))
-    models.check_saved_adapter(tmp_path / "adapter", trainer.model)
+    loading.check_saved_adapter(tmp_path / "adapter", trainer.model)
     assert not list((tmp_path / "adapter").glob("*.bin"))  # Trainer's pickle is gone
     base = AutoModelForCausalLM.from_pretrained(tiny_policy)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -287,7 +288,7 @@ def test_a_model_without_tree_attention_trains_on_padded_rows(tiny_policy, few_t
         head_dim=16,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma")
-    models.load_tokenizer(str(tiny_policy)).save_pretrained(tmp_path / "gemma")
+    loading.load_tokenizer(str(tiny_policy)).save_pretrained(tmp_path / "gemma")
     trainer = make_trainer(tmp_path / "gemma", few_triples, tmp_path, per_device_train_batch_size=8, max_steps=1)
     trainer.train()
     assert trainer.args.packing == "padded"

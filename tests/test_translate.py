@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from lmolt import decoding
-from lmolt import translate as translation
+from lmolt.generation import decoding
+from lmolt.generation import translate as translation
+from lmolt.generation.translate import load_translator, over_limit, prompts_for, translate
 from lmolt.prompts import MOL2CAP, build_prompt, encode_prompt
-from lmolt.translate import load_translator, over_limit, prompts_for, translate
 
 MOLECULES = ["C" * n + "O" for n in range(1, 12)] + ["c1ccccc1", "N", "CC(=O)Nc1ccc(O)cc1", "C1CCCCC1C(=O)O"]
 NEW = 24

@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
-from lmolt.attention import TREE
-from lmolt.tree import build_tree, padded_logps, tree_logps
+from lmolt.models.attention import TREE
+from lmolt.models.tree import build_tree, padded_logps, tree_logps
 
 SHAPE = {
     "vocab_size": 300,

@@ -1,7 +1,7 @@
 import pytest
 
-from lmolt.pairs import read_table, write_table
-from lmolt.triples import read_triples, write_triples
+from lmolt.data.triples import read_triples, write_triples
+from lmolt.files import read_table, write_table
 
 TRIPLE = {"id": "1", "direction": "cap2mol", "source": "An alcohol.", "chosen": "CCO", "rejected": "CC("}
 

@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from lmolt import losses
+from lmolt.models.tree import padded_logps
 from lmolt.prompts import build_prompt, encode_output, encode_prompt
-from lmolt.tree import padded_logps
+from lmolt.training import losses
 
 trl = pytest.importorskip("trl", reason="needs TRL: pip install -r benchmarks/requirements.txt")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lmolt.triples import write_triples
+from lmolt.data.triples import write_triples
 
 ROOT = Path(__file__).resolve().parents[1]
 CPO = ["--loss", "cpo", "--eval_fraction", "0", "--eval_strategy", "no", "--lora_dropout", "0", "--lora_r", "8"]
@@ -115,7 +115,7 @@ def test_two_nodes_equal_one_process(strategy, second_nodes_share, two_nodes, ql
 
 def test_what_is_missing_at_the_start_is_named(two_nodes):
     """In seconds here, in LMOLT_START_TIMEOUT (100) else."""
-    train = [sys.executable, "-m", "lmolt.nodes", "true"]
+    train = [sys.executable, "-m", "lmolt.distributed.nodes", "true"]
     waiting = two_nodes.run(0, *train, MASTER_PORT="29500", LMOLT_START_TIMEOUT="2")
     assert waiting.wait(timeout=60) == 1
     assert "1 of 2 nodes didn't come within 2 s: those with NODE_RANK 1;" in two_nodes.said(0)
@@ -148,7 +148,7 @@ def test_nodes_that_do_not_fit_together(ranks, arguments, wrong, two_nodes):
         node,
         sys.executable,
         "-m",
-        "lmolt.nodes",
+        "lmolt.distributed.nodes",
         "true",
         rank,
         *more,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lmolt.triples import write_triples
+from lmolt.data.triples import write_triples
 
 ROOT = Path(__file__).resolve().parents[1]
 # MULTI_CPU starts one process; MULTI_GPU with use_cpu starts two over gloo

@@ -21,6 +21,7 @@ from rdkit.Chem import MACCSkeys, rdFingerprintGenerator, rdMolDescriptors
 from rdkit.Chem.Scaffolds import MurckoScaffold
 from rdkit.rdBase import BlockLogs
 
+from lmolt.files import write_whole
 from lmolt.metrics.ngrams import flatten
 
 _RDK = rdFingerprintGenerator.GetRDKitFPGenerator()  # Chem.RDKFingerprint's, made once
@@ -213,11 +214,7 @@ def scaffold_match(references, predictions, valid: np.ndarray, num_workers=None)
 
 def save_whole(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """An .npz that appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        np.savez(file, **arrays)
-    partial.replace(path)
+    write_whole(path, lambda file: np.savez(file, **arrays))
 
 
 def levenshtein(references: list[str], predictions: list[str]) -> np.ndarray:

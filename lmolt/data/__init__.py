@@ -1,0 +1,1 @@
+"""Pairs, triples, the outputs that are scored: read, cleaned, checked, written."""

@@ -1,0 +1,169 @@
+"""Which of a translator's outputs becomes the dis-preferred one of a triple, and how far those are from the preferred.
+
+A pair has one output or several candidates. Those that are right are no negatives: captions that are the same words,
+molecules of the same canonical SMILES or InChI. Of the wrong ones the hardest is taken: the closest to the preferred
+output, captions by Chr-F, molecules by Morgan Tanimoto (radius 2, counts), and one that is no molecule last.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rdkit import Chem, DataStructs
+from rdkit.Chem import rdFingerprintGenerator, rdMolDescriptors
+
+from lmolt.files import read_table, read_text
+from lmolt.metrics.hallucination import chrf
+from lmolt.metrics.molecule import in_processes, parse
+from lmolt.prompts import CAP2MOL, MOL2CAP
+
+COLUMNS = {MOL2CAP: ("molecule", "caption"), CAP2MOL: ("caption", "molecule")}  # source, preferred output
+SIMILARITIES = {MOL2CAP: "Chr-F", CAP2MOL: "Morgan Tanimoto"}
+ROLES = {"preferred": "chosen", "dis-preferred": "rejected"}
+_MORGAN = rdFingerprintGenerator.GetMorganGenerator(radius=2)
+
+
+class Judgement(NamedTuple):
+    valid: bool  # a molecule; captions all are
+    right: bool  # says what the preferred output says
+    similarity: float  # to the preferred output, 0 to 1; NaN where not valid
+
+
+def judge(direction: str, comparisons: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Judgement]:
+    """A judgement of each distinct (preferred output, output)."""
+    distinct = list(dict.fromkeys(comparisons))
+    if direction == CAP2MOL:
+        return dict(zip(distinct, in_processes(_judge_molecule, distinct), strict=True))
+    scores = chrf([a for a, _ in distinct], [b for _, b in distinct])
+    same = [a.casefold().split() == b.casefold().split() for a, b in distinct]
+    return {pair: Judgement(True, *found) for pair, *found in zip(distinct, same, scores.tolist(), strict=True)}
+
+
+def _judge_molecule(comparison: tuple[str, str]) -> Judgement:
+    preferred, output = map(parse, comparison)
+    if output is None:
+        return Judgement(False, False, float("nan"))
+    right = Chem.MolToSmiles(preferred) == Chem.MolToSmiles(output)
+    if not right and len({rdMolDescriptors.CalcMolFormula(m) for m in (preferred, output)}) == 1:
+        inchi = Chem.MolToInchi(preferred)
+        right = inchi != "" and inchi == Chem.MolToInchi(output)  # an atom `*` has none
+    counts = [_MORGAN.GetSparseCountFingerprint(m) for m in (preferred, output)]
+    return Judgement(True, right, DataStructs.TanimotoSimilarity(*counts))
+
+
+def read_outputs(path: Path, direction: str, pairs: list[dict]) -> list[list[str]]:
+    """Each pair's outputs in a file: a .txt with one a line in the pairs' order, or a table with `id` and `prediction`
+    (or `output`), where an id that occurs several times has several candidates, and one that doesn't has none."""
+    if path.suffix == ".txt":
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file of outputs")
+        lines = read_text(path).split("\n")
+        lines = lines[:-1] if lines[-1] == "" else lines
+        if len(lines) != len(pairs):
+            raise ValueError(f"{path} has {len(lines)} lines for {len(pairs)} pairs; one output a line, in their order")
+        return [[line] for line in lines]
+    rows = [row for row in read_table(path) if row.get("direction", direction) == direction]
+    column = next((name for name in ("prediction", "output") if rows and name in rows[0]), None)
+    if column is None or "id" not in rows[0]:
+        found = ", ".join(rows[0]) if rows else f"no {direction} row"
+        raise ValueError(f"{path}: needs columns id and prediction (or output), found {found}")
+    repeated, n = Counter(pair["id"] for pair in pairs).most_common(1)[0]
+    if n > 1:
+        raise ValueError(
+            f"{path}: its outputs are of ids, but {n} pairs have the id {repeated!r}; give each pair its own"
+        )
+    outputs = defaultdict(list)
+    for row in rows:
+        outputs[str(row["id"])].append(row[column] or "")
+    if not any(pair["id"] in outputs for pair in pairs):
+        raise ValueError(
+            f"{path}: none of its ids (such as {rows[0]['id']!r}) is a pair's (such as {pairs[0]['id']!r})"
+        )
+    return [outputs[pair["id"]] for pair in pairs]
+
+
+def triples_of(
+    direction: str, pairs: list[dict], candidates: list[list[str]], drop_invalid: bool, counts: Counter
+) -> tuple[list[dict], list[float]]:
+    """Triples of one direction, and the similarity of each one's dis-preferred output to the preferred (NaN: invalid).
+
+    `candidates`: each pair's outputs, none where there is none. `drop_invalid` takes no SMILES that doesn't parse.
+    What makes no triple is counted by cause, outputs as well as pairs.
+    """
+    source, target = COLUMNS[direction]
+    stripped = [[output.strip() for output in outputs] for outputs in candidates]
+    compared = ((pair[target], output) for pair, outputs in zip(pairs, stripped, strict=True) for output in outputs)
+    judgements = judge(direction, (comparison for comparison in compared if comparison[1]))
+    found, triples, similarities = Counter(), [], []
+    for pair, outputs in zip(pairs, stripped, strict=True):
+        found["no output"] += not outputs
+        wrong = {}
+        for output in outputs:
+            if not output:
+                found["empty output"] += 1
+            elif output in wrong:
+                found["repeated output"] += 1
+            elif (judged := judgements[pair[target], output]).right:
+                found["output equal to the preferred one"] += 1
+            elif drop_invalid and not judged.valid:
+                found["invalid SMILES dropped"] += 1
+            else:
+                wrong[output] = judged
+        if not wrong:
+            found["pairs without a wrong output"] += 1
+            continue
+        hardest = max(wrong, key=lambda output: (wrong[output].valid, wrong[output].similarity))  # the first of equals
+        found["invalid SMILES kept"] += not wrong[hardest].valid
+        similarities.append(wrong[hardest].similarity)
+        row = {"id": pair["id"], "direction": direction, "source": pair[source]}
+        triples.append(row | {"chosen": pair[target], "rejected": hardest})
+    found["triples"] = len(triples)
+    counts.update({f"{direction}: {cause}": n for cause, n in found.items() if n or cause == "triples"})
+    return triples, similarities
+
+
+def describe(direction: str, triples: list[dict], similarities: list[float]) -> dict:
+    """Lengths in characters, the share of valid dis-preferred outputs, and how similar the valid ones are."""
+    lengths = {key: _spread([len(triple[key]) for triple in triples]) for key in ("source", "chosen", "rejected")}
+    similar = [similarity for similarity in similarities if similarity == similarity]
+    summary = {"triples": len(triples), "characters": lengths}
+    if direction == CAP2MOL and triples:
+        summary["validity of rejected"] = len(similar) / len(triples)
+    return summary | {"similarity of rejected": {"measure": SIMILARITIES[direction], **_spread(similar)}}
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    low, median, high = np.percentile(values, (25, 50, 75)).tolist()
+    return {"mean": float(np.mean(values)), "quartiles": [low, median, high], "max": float(max(values))}
+
+
+def table(described: dict[str, dict]) -> str:
+    """Lines for the screen, of what `describe` says of each direction."""
+    lines = [f"{'median, quartiles':19}{'triples':>9}{'preferred':>22}{'dis-preferred':>22}{'valid':>8}   similarity"]
+    spread = lambda v, form: "{1:{0}} [{2:{0}}, {3:{0}}]".format(form, *(v["quartiles"][i] for i in (1, 0, 2)))
+    for direction, summary in described.items():
+        characters, similar = summary["characters"], summary["similarity of rejected"]
+        sizes = [spread(v, ".0f") + " chars" if v else "" for v in (characters["chosen"], characters["rejected"])]
+        valid = f"{summary['validity of rejected']:.1%}" if "validity of rejected" in summary else ""
+        close = f"{spread(similar, '.2f')} {similar['measure']}" if "quartiles" in similar else ""
+        lines.append(f"{direction:19}{summary['triples']:9,}{sizes[0]:>22}{sizes[1]:>22}{valid:>8}   {close}")
+    return "\n".join(lines)
+
+
+def figure(triples: list[dict], similarities: dict[str, list[float]]) -> bytes:
+    """PNG: by direction, the lengths of preferred and dis-preferred outputs, and how similar they are."""
+    from lmolt.report.figures import distributions
+
+    panels = []
+    for direction, close in similarities.items():
+        if mine := [triple for triple in triples if triple["direction"] == direction]:
+            lengths = {k: np.array([len(triple[c]) for triple in mine]) for k, c in ROLES.items()}
+            panels.append((f"{direction}: length of outputs", "characters", lengths))
+            if not np.isnan(close).all():
+                label = f"{SIMILARITIES[direction]} to the preferred output"
+                panels.append((f"{direction}: similarity", label, {"dis-preferred": np.array(close)}))
+    return distributions(panels)

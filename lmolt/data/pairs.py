@@ -1,0 +1,222 @@
+"""Pairs of a molecule and its caption: read, parse, split, sample.
+
+A pair is `{"id": str, "molecule": SMILES, "caption": text}`, with `"split"` where the corpus names one.
+"""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+from lmolt.files import SUFFIXES, read_table
+
+NAMES = {"molecule": ("molecule", "SMILES"), "caption": ("caption", "description"), "id": ("id", "CID")}
+
+# Named corpora: split -> the Hub's data set, its split there, and, where they are sampled, how many molecules. L+M-24's
+# own `train` holds its `split_valid` too, so that isn't what to train on. The paper evaluates on 3,000 molecules of
+# the unseen split of LPM-24_train-extra, which has five captions a molecule, with the first of them.
+CORPORA = {
+    "lpm24": {
+        "train": ("language-plus-molecules/LPM-24_train", "split_train", None),
+        "validation": ("language-plus-molecules/LPM-24_train", "split_valid", None),
+        "test": ("language-plus-molecules/LPM-24_train-extra", "split_valid", 3000),
+    },
+    "chebi20": {
+        "train": ("liupf/ChEBI-20-MM", "train", None),
+        "validation": ("liupf/ChEBI-20-MM", "validation", None),
+        "test": ("liupf/ChEBI-20-MM", "test", None),
+    },
+}
+
+
+def read_pairs(
+    spec: str | Path,
+    split: str | None = None,
+    counts: Counter | None = None,
+    *,
+    default_split: str | None = None,
+    invalid: str = "error",
+    seed: int = 0,
+) -> list[dict]:
+    """Pairs of `spec`: "demo", a name in `CORPORA`, a table, a folder of tables named by split (ChEBI-20's train.txt,
+    validation.txt, test.txt), or a data set of the Hub (or what else `datasets.load_dataset` takes).
+
+    Columns `molecule` (or `SMILES`) and `caption` (or `description`); `id` (or `CID`), else the row's number. `split`
+    selects by the table's `split` column, or names the file or the Hub's split; `default_split` stands in for it where
+    there is such a split; with neither, a table's pairs are all taken. Backslashes that ChEBI-20's files double are
+    made single. Rows with an empty molecule or caption are a `ValueError`, or left out where `invalid` is "drop". All
+    this is counted in `counts`. `seed` samples a corpus whose test set is a sample. `ValueError`/`FileNotFoundError`
+    with file, row, value and remedy.
+    """
+    spec, counts = str(spec), Counter() if counts is None else counts
+    if spec == "demo":
+        from lmolt.demo import build
+
+        return _of_split(build.pairs(), split, default_split, "demo")
+    if spec in CORPORA:
+        splits, split = CORPORA[spec], split or default_split
+        if split not in splits:
+            raise ValueError(f"{spec!r} has the splits {', '.join(splits)}, not {split!r}; choose one with --split")
+        name, its_split, size = splits[split]
+        pairs = _as_pairs(_load_dataset(name, its_split, None), f"{name} ({its_split})", counts, invalid)
+        return pairs if size is None else _sampled_molecules(pairs, size, seed, counts)
+    if Path(spec).is_file() or Path(spec).suffix in SUFFIXES:
+        pairs = _as_pairs(read_table(spec), spec, counts, invalid)
+        return _of_split(pairs, split, default_split, spec)
+    if Path(spec).is_dir():
+        files = {path.stem: path for path in sorted(Path(spec).iterdir()) if path.suffix in SUFFIXES}
+        if files := {name: files[name] for name in ("train", "validation", "test") if name in files}:
+            if (split or default_split) not in files:
+                raise ValueError(f"{spec!r} has the splits {', '.join(files)}; choose one with --split")
+            path = files[split or default_split]
+            return _as_pairs(read_table(path), str(path), counts, invalid)
+    elif spec.count("/") != 1 or spec.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"{spec!r} is no file, no folder, none of {', '.join(['demo', *CORPORA])}, and no Hub id, which reads "
+            "OWNER/NAME"
+        )
+    return _as_pairs(_load_dataset(spec, split, default_split), spec, counts, invalid)
+
+
+def _of_split(pairs: list[dict], split: str | None, default_split: str | None, where: str) -> list[dict]:
+    if split is None:
+        return [pair for pair in pairs if pair.get("split", "") == default_split] or pairs
+    if all("split" not in pair for pair in pairs):
+        raise ValueError(f"{where}: no column 'split' to select {split!r} by")
+    if not (selected := [pair for pair in pairs if pair.get("split") == split]):
+        present = ", ".join(sorted({str(pair.get("split")) for pair in pairs}))
+        raise ValueError(f"{where}: no pair of split {split!r}; there are {present}")
+    return selected
+
+
+def _sampled_molecules(pairs: list[dict], size: int, seed: int, counts: Counter) -> list[dict]:
+    """The first pair of each molecule, and of those `size` by `seed`, in their order."""
+    first = {}
+    for pair in pairs:
+        first.setdefault(pair["molecule"], pair)
+    counts["further captions of a molecule left out"] += len(pairs) - len(first)
+    if len(first) < size:
+        raise ValueError(
+            f"{len(first)} molecules are too few to sample {size} of; are these the files of the whole set?"
+        )
+    molecules = list(first.values())
+    return [molecules[i] for i in sorted(random.Random(seed).sample(range(len(molecules)), size))]
+
+
+def _load_dataset(spec: str, split: str | None, default_split: str | None) -> list[dict]:
+    from datasets import DatasetDict, load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        loaded = load_dataset(spec, split=split)
+    except (DatasetsError, FileNotFoundError, ConnectionError, ValueError) as error:
+        of = "" if split is None else f" (split {split!r})"
+        raise ValueError(f"{spec!r}{of} is no file, and as a data set it could not be loaded: {error}") from error
+    if isinstance(loaded, DatasetDict):
+        if len(loaded) > 1 and default_split not in loaded:
+            raise ValueError(f"{spec!r} has the splits {', '.join(loaded)}; choose one with --split")
+        loaded = loaded[default_split] if default_split in loaded else next(iter(loaded.values()))
+    return loaded.to_list()
+
+
+def _as_pairs(rows: list[dict], where: str, counts: Counter, invalid: str) -> list[dict]:
+    found = {key: next((name for name in names if name in rows[0]), None) for key, names in NAMES.items()}
+    for key in ("molecule", "caption"):
+        if found[key] is None:
+            raise ValueError(
+                f"{where}: no column {' or '.join(map(repr, NAMES[key]))}; it has {', '.join(rows[0])}. Rename one"
+            )
+    pairs = []
+    for number, row in enumerate(rows, 1):
+        values = {key: row.get(found[key]) for key in ("molecule", "caption")}
+        if empty := [key for key, value in values.items() if not isinstance(value, str) or not value.strip()]:
+            if invalid == "error":
+                value = values[empty[0]]
+                raise ValueError(
+                    f"{where} row {number}: {found[empty[0]]!r} is {'empty' if value in (None, '') else repr(value)}; "
+                    "fill it in, remove the row, or leave such rows out with --invalid_pairs drop"
+                )
+            counts[f"empty {empty[0]} dropped"] += 1
+            continue
+        molecule = row[found["molecule"]].strip()
+        if "\\\\" in molecule:  # never valid SMILES: two bonds in a row
+            counts["doubled backslashes made single"] += 1
+            molecule = molecule.replace("\\\\", "\\")
+        pair = {
+            "id": str(number if found["id"] is None or row.get(found["id"]) is None else row[found["id"]]),
+            "molecule": molecule,
+            "caption": row[found["caption"]].strip(),
+        }
+        if row.get("split") is not None:
+            pair["split"] = str(row["split"])
+        pairs.append(pair)
+    if not pairs:
+        raise ValueError(f"{where}: each of its {len(rows)} rows has an empty molecule or caption")
+    return pairs
+
+
+def clean(
+    pairs: list[dict], *, canonicalise: bool = False, invalid: str = "error", where: str = "pairs"
+) -> tuple[list[dict], Counter]:
+    """Pairs whose molecule RDKit parses, and how many were changed or dropped, by cause.
+
+    `canonicalise` writes RDKit's canonical SMILES; `invalid` is "error" (`ValueError` with id and SMILES) or "drop".
+    What else can be wrong with pairs is found by lmolt/data/decontamination.py.
+    """
+    from rdkit import Chem, rdBase
+
+    kept, counts = [], Counter()
+    with rdBase.BlockLogs():
+        for pair in pairs:
+            molecule = Chem.MolFromSmiles(pair["molecule"])
+            if molecule is None or molecule.GetNumAtoms() == 0:
+                if invalid == "error":
+                    raise ValueError(
+                        f"{where}: the molecule of pair {pair['id']!r}, {pair['molecule'][:200]!r}, does not parse; "
+                        "correct it, remove the pair, or leave such pairs out with --invalid_pairs drop"
+                    )
+                counts["unparsable SMILES dropped"] += 1
+                continue
+            if canonicalise and (canonical := Chem.MolToSmiles(molecule)) != pair["molecule"]:
+                counts["SMILES made canonical"] += 1
+                pair = pair | {"molecule": canonical}
+            kept.append(pair)
+    return kept, counts
+
+
+def sample(pairs: list[dict], fraction: float, seed: int) -> list[dict]:
+    """A random `fraction` (0 to 1] of the pairs, at least one, in their order; the same for the same seed."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"a fraction is over 0 and at most 1, got {fraction}")
+    chosen = random.Random(seed).sample(range(len(pairs)), max(1, round(fraction * len(pairs))))
+    return [pairs[i] for i in sorted(chosen)]
+
+
+def scaffold_split(pairs: list[dict], fractions: list[float], seed: int = 0) -> list[list[dict]]:
+    """Parts of about `fractions` of the pairs, no Bemis-Murcko scaffold in two of them; order is kept within a part.
+
+    Scaffolds go from the most common to the rarest (`seed` orders equals) to the part that still lacks most, so the
+    smaller parts hold the rarer scaffolds. All acyclic molecules share one (empty) scaffold.
+    `ValueError` where fractions don't sum to 1 or a SMILES does not parse.
+    """
+    from rdkit import Chem, rdBase
+    from rdkit.Chem.Scaffolds import MurckoScaffold
+
+    if abs(sum(fractions) - 1) > 1e-9 or min(fractions) <= 0:
+        raise ValueError(f"fractions must be positive and sum to 1, got {list(fractions)}")
+    groups: dict[str, list[int]] = {}
+    with rdBase.BlockLogs():
+        for i, pair in enumerate(pairs):
+            molecule = Chem.MolFromSmiles(pair["molecule"])
+            if molecule is None:
+                raise ValueError(
+                    f"pair {pair['id']!r}: {pair['molecule'][:200]!r} does not parse; clean the pairs first"
+                )
+            groups.setdefault(MurckoScaffold.MurckoScaffoldSmiles(mol=molecule), []).append(i)
+    scaffolds = sorted(groups)
+    random.Random(seed).shuffle(scaffolds)
+    scaffolds.sort(key=lambda scaffold: -len(groups[scaffold]))
+    parts: list[list[int]] = [[] for _ in fractions]
+    for scaffold in scaffolds:
+        lacks = [fraction * len(pairs) - len(part) for fraction, part in zip(fractions, parts, strict=True)]
+        parts[lacks.index(max(lacks))] += groups[scaffold]
+    return [[pairs[i] for i in sorted(part)] for part in parts]

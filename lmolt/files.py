@@ -1,0 +1,186 @@
+"""Files as all of LMolT reads and writes them: whole or not at all, hashed, cached, as tables."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")  # .txt, as ChEBI-20 has them, are .tsv
+
+
+def cache_folder() -> Path:
+    """Where what can be computed again is kept: LMOLT_CACHE, or ~/.cache/lmolt."""
+    if folder := os.environ.get("LMOLT_CACHE"):
+        return Path(folder)
+    try:
+        return Path.home() / ".cache" / "lmolt"
+    except RuntimeError:  # a container whose user has no home directory
+        raise ValueError(
+            "this user has no home directory; set LMOLT_CACHE to a folder that may be written to"
+        ) from None
+
+
+def write_whole(path: Path | str, content: str | bytes | Callable[[BinaryIO], object]) -> None:
+    """The file appears with all of `content` in it, on the disk, or not at all; its folder is made.
+
+    `content` is text (written as UTF-8), bytes, or a function that writes to the open file it is given. `OSError`
+    names the file, also for a full disk.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:  # a full disk's names no file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path | str) -> str:
+    """SHA-256 in hexadecimal, for what is published or compared with others' sums."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- tables
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, byte order mark removed; `ValueError` names the line and byte that are not UTF-8."""
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} line {line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file "
+            f"(iconv -f LATIN1 -t UTF-8 {path.name}, if Latin-1 is what it is in)"
+        ) from None
+
+
+def read_table(path: str | Path) -> list[dict]:
+    """Rows of a .csv, .tsv (or .txt), .jsonl or .parquet file, in its order, values as they are stored.
+
+    A .tsv is the field's: tab-separated without quoting, so a quote is data. A .csv may quote. Rows are counted from 1,
+    without the header; blank lines at the end are none. `FileNotFoundError`, or `ValueError` with file, row, value and
+    remedy.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: unknown suffix {path.suffix!r}; tables are {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix == ".parquet":
+        import pyarrow as pa  # here: merging starts in 0.15 s, and hashes with what is above
+        import pyarrow.parquet as pq
+
+        try:
+            rows = pq.read_table(path).to_pylist()
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path}: not a readable parquet file ({error}); write it again") from None
+    else:
+        text = read_text(path)
+        rows = _read_jsonl(path, text) if path.suffix == ".jsonl" else _read_separated(path, text)
+    if not rows:
+        raise ValueError(f"{path}: no rows in it")
+    return rows
+
+
+def _lines(text: str) -> list[str]:
+    # Not str.splitlines, which also breaks at U+2028 and form feeds inside a caption.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _read_jsonl(path: Path, text: str) -> list[dict]:
+    rows = []
+    for number, line in enumerate(_lines(text.rstrip("\r\n")), 1):
+        if not line.strip():
+            raise ValueError(f"{path} row {number} is blank; remove the line")
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} row {number}: {line[:80]!r} is not JSON ({error}); one object a line") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} row {number}: {line[:80]!r} is not a JSON object; write {{column: value}}")
+        rows.append(row)
+    return rows
+
+
+def _read_separated(path: Path, text: str) -> list[dict]:
+    if path.suffix in (".tsv", ".txt"):
+        records = [line.split("\t") for line in _lines(text)]
+    else:
+        csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
+        try:
+            records = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+        except csv.Error as error:
+            raise ValueError(f"{path}: broken quoting ({error}); double each quote inside a quoted cell") from None
+    if not records:
+        raise ValueError(f"{path}: the file is empty")
+    header, *records = records
+    if repeated := [name for name, n in Counter(header).items() if n > 1]:
+        raise ValueError(f"{path}: column {repeated[0]!r} appears twice in the header {header}; rename one")
+    blank = lambda record: len(header) > 1 and record in ([], [""])
+    while records and blank(records[-1]):
+        records.pop()
+    for number, record in enumerate(records, 1):
+        if blank(record):
+            raise ValueError(f"{path} row {number} is blank; remove the line")
+        if len(record) != len(header):
+            raise ValueError(
+                f"{path} row {number}: {len(record)} cells but the header has {len(header)} ({', '.join(header)}); it "
+                f"starts {' | '.join(record)[:80]!r}: look for a stray separator or a line break in a cell"
+            )
+    return [dict(zip(header, record, strict=True)) for record in records]
+
+
+def write_table(rows: list[dict], path: str | Path) -> None:
+    """Write rows to a .parquet, .jsonl, .csv or .tsv file, whole or not at all; its folder is made.
+
+    Columns are those of any row, in order of appearance; what a row lacks is null (empty in text).
+    `ValueError` on no rows, an unknown suffix, or a .tsv cell with a tab or line break.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: unknown suffix {path.suffix!r}; tables are {', '.join(SUFFIXES)}")
+    if not rows:
+        raise ValueError(f"{path}: there are no rows to write")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.table({name: [row.get(name) for row in rows] for name in columns})
+        write_whole(path, lambda file: pq.write_table(table, file))
+    else:
+        write_whole(path, _as_text(rows, columns, path))
+
+
+def _as_text(rows: list[dict], columns: list[str], path: Path) -> str:
+    if path.suffix == ".jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    records = [columns] + [["" if row.get(name) is None else str(row[name]) for name in columns] for row in rows]
+    if path.suffix == ".csv":
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows(records)
+        return text.getvalue()
+    for number, record in enumerate(records):
+        if bad := [cell for cell in record if "\t" in cell or "\n" in cell or "\r" in cell]:
+            raise ValueError(
+                f"{path} row {number}: {bad[0][:80]!r} has a tab or line break; write .csv or .jsonl instead"
+            )
+    return "".join("\t".join(record) + "\n" for record in records)

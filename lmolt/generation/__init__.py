@@ -1,0 +1,1 @@
+"""Translating with a model: decoding, named systems."""

@@ -1,0 +1,132 @@
+"""The systems that recipes/systems.yaml names: which model each direction asks, how, and what is kept of its output."""
+
+import difflib
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from lmolt.prompts import CAP2MOL, DIRECTIONS, STYLES
+
+SYSTEMS = Path(__file__).resolve().parents[2] / "recipes" / "systems.yaml"
+ARCHITECTURES, KEEP = ("t5", "llama", "internlm2"), ("all", "smiles")
+
+
+class System(NamedTuple):
+    name: str
+    architecture: str  # of ARCHITECTURES
+    parameters: float
+    download: float  # GB
+    licence: str
+    prompt: str  # of prompts.STYLES
+    models: dict[str, str]  # direction: folder or Hub id
+    adapters: dict[str, str | None]
+    stop: tuple[str, ...] = ()
+    keep: str = "all"
+    trust_remote_code: bool = False
+    recipe: str | None = None
+
+    @property
+    def needs(self) -> str:
+        memory = f"about {2 * self.parameters / 1e9:.1f} GB of memory in bfloat16"
+        flag = ", the flag --trust_remote_code" if self.trust_remote_code else ""
+        disk = self.download * len(set(self.models.values()))
+        return f"{self.name} needs {disk:g} GB of disk, {memory}{flag}; licence: {self.licence}"
+
+
+def read_system(name: str, path: Path = SYSTEMS) -> System:
+    """The system `name` of a file like recipes/systems.yaml.
+
+    `ValueError` on an unknown name, listing the known ones, or on an entry that is not as that file's head describes.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of systems {str(path)!r}; recipes/systems.yaml comes along")
+    entries = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if name not in entries:
+        near = difflib.get_close_matches(name, entries, n=1)
+        raise ValueError(
+            f"{path} has no system {name!r}" + f" (did you mean {near[0]!r}?)" * bool(near) + f": {', '.join(entries)}"
+        )
+    entry, where = dict(entries[name]), f"{path}, {name}"
+    parts = {direction: entry.pop(direction, entry.get("both")) for direction in DIRECTIONS}
+    entry.pop("both", None)
+    for direction, part in parts.items():
+        if not isinstance(part, dict) or "model" not in part or part.keys() - {"model", "adapter"}:
+            raise ValueError(
+                f"{where}: {direction} (or both) is {part}; write {{model: FOLDER_OR_ID, adapter: FOLDER}}"
+            )
+    wanted = {"architecture", "parameters", "download", "licence", "prompt"}
+    if wrong := (wanted - entry.keys()) | (entry.keys() - wanted - set(System._field_defaults)):
+        raise ValueError(f"{where}: missing or unknown: {', '.join(sorted(wrong))}; the file's head has the keys")
+    for key, known in {"architecture": ARCHITECTURES, "prompt": STYLES, "keep": KEEP}.items():
+        if key in entry and entry[key] not in known:
+            raise ValueError(f"{where}: {key} is {entry[key]!r}; use one of {', '.join(known)}")
+    entry["stop"] = tuple(entry.get("stop", ()))
+    models = {direction: part["model"] for direction, part in parts.items()}
+    adapters = {direction: part.get("adapter") for direction, part in parts.items()}
+    return System(name, models=models, adapters=adapters, **entry)
+
+
+def load(
+    system: System,
+    direction: str,
+    *,
+    dtype: str | None = None,
+    load_in_4bit: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple:
+    """The model and tokenizer of one direction, as `translate.load_translator` loads them.
+
+    An output ends at each of `stop` that is one token. `ValueError` with what the system needs if it can't be loaded.
+    """
+    import torch
+
+    from lmolt.generation.translate import load_translator, process_state
+    from lmolt.models.internlm2 import load_internlm2
+    from lmolt.models.loading import load_tokenizer
+
+    name, adapter = system.models[direction], system.adapters[direction]
+    if system.trust_remote_code and not trust_remote_code:
+        raise ValueError(
+            f"{system.name} runs code that comes with {name}; read that code, and if you trust it, say "
+            f"--trust_remote_code ({system.needs})"
+        )
+    for folder in (name, adapter) if system.recipe else ():
+        if folder and folder.count("/") > 1 and not Path(folder).exists():
+            raise FileNotFoundError(
+                f"{folder} is not there: {system.name} is trained with {system.recipe}; `./launch.sh paper` says how"
+            )
+    try:
+        if system.architecture == "internlm2":
+            if load_in_4bit or adapter:
+                raise ValueError(f"{name} is read as a Llama here, neither in 4 bit nor with an adapter")
+            device = process_state().device
+            dtype = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+            tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+            model = load_internlm2(name, dtype).to(device)
+        else:
+            options = {"dtype": dtype, "load_in_4bit": load_in_4bit, "trust_remote_code": trust_remote_code}
+            model, tokenizer = load_translator(name, adapter, **options)
+    except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
+        raise ValueError(f"{error}\n{system.needs}") from error
+    known, ends = tokenizer.get_vocab(), model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    model.generation_config.eos_token_id = ends + [known[stop] for stop in system.stop if stop in known]
+    return model, tokenizer
+
+
+def finish(system: System, direction: str, output: str) -> str:
+    """What is kept of an output: up to `stop`; with `keep: smiles`, its longest word that RDKit reads as a molecule.
+
+    An output without such a word stays as it is, and counts as what it is, an invalid molecule.
+    """
+    for stop in system.stop:
+        output = output.split(stop)[0]
+    output = output.strip()
+    if system.keep == "all" or direction != CAP2MOL:
+        return output
+    from rdkit import Chem, rdBase
+
+    with rdBase.BlockLogs():
+        words = [word.strip("`'\".,;:") for word in output.split()]
+        return max((word for word in words if word and Chem.MolFromSmiles(word)), key=len, default=output)

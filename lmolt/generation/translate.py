@@ -1,0 +1,277 @@
+"""Translate with a causal or sequence-to-sequence model: batched, sharded over processes, resumable.
+
+Prompts are sorted by length and cut into batches by a token budget. The batches, and so the outputs, are the same
+however many processes share them. A causal batch is left-padded behind the instruction that all prompts share, whose
+keys and values are computed once per call:
+
+    [instruction][pad ...][source 1 ...]     position ids count the tokens that are not padding
+    [instruction][source 2 ............]
+
+Rows that have ended leave the batch. A journal keeps each finished row on disk, so a killed run translates none twice.
+"""
+
+import hashlib
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+from lmolt.generation.decoding import beam_search, decode, end_ids, read_prefix
+from lmolt.models.loading import check_model_folder, load_base, load_tokenizer
+from lmolt.prompts import build_prompt, encode_prompt
+
+
+def process_state() -> PartialState:
+    """This process's place among those that `accelerate launch` (or torchrun) started, on CPUs as well."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, timeout=timedelta(days=1))  # how long one may wait for the others' share
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> tuple:
+    """A model's configuration and tokenizer, without its weights: enough to find what is wrong with a request."""
+    check_model_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return config, load_tokenizer(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        # transformers takes a SentencePiece file that it can't read for one of tiktoken
+        remedy = "; its tokenizer is a SentencePiece model: pip install sentencepiece" * ("tiktoken" in str(error))
+        raise ValueError(f"model {name!r} can't be loaded: {error}{remedy}") from error
+
+
+def load_translator(
+    name: str,
+    adapter: str | None = None,
+    *,
+    dtype: str | None = None,
+    load_in_4bit: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple:
+    """A model and its tokenizer, ready to `translate` on this process's device.
+
+    `name` is a folder or Hub id of a causal or sequence-to-sequence model, `dtype` a torch name (default: bfloat16 on a
+    GPU, float32 on a CPU). `ValueError`/`FileNotFoundError` where it has no weights or is not to be found.
+    """
+    device = process_state().device
+    dtype = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    config, tokenizer = load_config(name, trust_remote_code)
+    if not config.is_encoder_decoder:
+        model = load_base(name, load_in_4bit=load_in_4bit, dtype=dtype, trust_remote_code=trust_remote_code)
+    elif load_in_4bit:
+        raise ValueError(f"{name!r} is an encoder-decoder ({config.model_type}); 4-bit is for causal models here")
+    else:
+        model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    if adapter is not None:
+        if Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").exists():
+            raise FileNotFoundError(f"{adapter!r} holds no adapter_config.json; give the folder of a PEFT adapter")
+        model = PeftModel.from_pretrained(model, adapter)
+    return (model if load_in_4bit else model.to(device)).eval(), tokenizer
+
+
+def prompts_for(config, direction: str, sources: Iterable[str], style: str = "auto") -> list[str]:
+    """What a model of this `config` is asked: the paper's prompt ("paper"), the source itself ("bare"), or ("auto") the
+    first for causal models and the second for sequence-to-sequence ones, which MolT5 and its kin were trained on."""
+    if style == "bare" or (style == "auto" and config.is_encoder_decoder):
+        return list(sources)
+    return [build_prompt(direction, source) for source in sources]
+
+
+def over_limit(config, tokenizer, prompts: list[str], max_new_tokens: int) -> dict[int, int]:
+    """Tokens of each prompt (by index) that, with `max_new_tokens` where the model is causal, has more of them than the
+    model has positions. T5's are relative: it has no limit."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return {}
+    new = 0 if config.is_encoder_decoder else max_new_tokens
+    if max_new_tokens > limit:
+        raise ValueError(f"max_new_tokens {max_new_tokens} is over the model's {limit} positions; lower it")
+    lengths = [len(_encode(config, tokenizer, prompt)) for prompt in prompts]
+    return {i: length for i, length in enumerate(lengths) if length + new > limit}
+
+
+def refuse_over_limit(config, prompts: list[str], over: dict[int, int], max_new_tokens: int) -> None:
+    """`ValueError` on the first of the prompts that `over_limit` found, with what to do."""
+    for row, length in over.items():
+        raise ValueError(
+            f"prompt {row + 1} of {len(prompts)} (... {prompts[row][-80:]!r}) takes {length} tokens; with "
+            f"{max_new_tokens} new ones that is over the model's {config.max_position_embeddings} positions, as are "
+            f"{len(over) - 1} others; lower --max_new_tokens or leave such rows out"
+        )
+
+
+def translate(
+    model,
+    tokenizer,
+    prompts: list[str],
+    *,
+    max_new_tokens: int = 250,
+    tokens_per_batch: int = 16384,
+    num_beams: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    too_long: str = "error",
+    journal: str | Path | None = None,
+    progress: str = "",
+) -> list[str]:
+    """The model's output for each prompt, in their order, on every process; special tokens and outer blanks removed.
+
+    Greedy; or beam search with `num_beams`; or, with `temperature` > 0, sampled from the most probable tokens that make
+    up `top_p`: repeat a prompt to draw several candidates for it, each from its own random stream, the same in any
+    batch and after any interruption. Equal prompts are else translated once.
+    `tokens_per_batch` bounds rows x (longest prompt + `max_new_tokens`). A prompt that with `max_new_tokens` exceeds
+    the model's positions is an error, or with `too_long="empty"` gives an empty output, counted aloud: none is cut.
+    `journal` is a folder; rows in it that were made by this model with these settings are taken from it. It is the
+    caller's to delete. `progress` names the work in messages and on the bar, of the first process only.
+    """
+    if num_beams > 1 and temperature > 0:
+        raise ValueError(f"num_beams {num_beams} and temperature {temperature} exclude each other")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is over 0 and at most 1, got {top_p}")
+    state = process_state()
+    say = tqdm.write if state.is_main_process else lambda _: None
+    settings = (identity(model), end_ids(model, tokenizer), max_new_tokens, num_beams, temperature, top_p, seed)
+
+    # --- the rows to translate: key -> token ids
+    keys, rows, seen = [], {}, Counter()
+    for prompt in prompts:
+        seen[prompt] += 1
+        nth = seen[prompt] if temperature > 0 else 1
+        key = hashlib.sha256(repr((settings, prompt, nth)).encode()).hexdigest()[:32]
+        keys.append(key)
+        if key not in rows:
+            rows[key] = _encode(model.config, tokenizer, prompt)
+    over = over_limit(model.config, tokenizer, prompts, max_new_tokens)
+    if too_long == "error":
+        refuse_over_limit(model.config, prompts, over, max_new_tokens)
+    outputs = {keys[row]: "" for row in over}
+    if outputs:
+        say(f"{progress}: {len(outputs)} prompts are over the model's positions; their outputs are empty")
+    rows = {key: ids for key, ids in rows.items() if key not in outputs}
+
+    # --- batches, whoever runs them
+    prefix = [] if model.config.is_encoder_decoder or num_beams > 1 else _common_prefix(rows.values())
+    batches = _batches({key: len(ids) - len(prefix) for key, ids in rows.items()}, max_new_tokens, tokens_per_batch)
+    recorded = {key: text for key, text in _read_journal(journal).items() if key in rows}
+    state.wait_for_everyone()  # no process writes to the journal before all have read it
+    outputs |= recorded
+    if recorded:
+        say(f"{progress}: {len(recorded)} of {len(rows)} rows are in {journal}")
+    batches = [[key for key in batch if key not in recorded] for batch in batches]
+    mine = [batch for batch in batches if batch][state.process_index :: state.num_processes]
+
+    # --- translate this process's share
+    made, was_training = {}, model.training
+    model.eval()
+    shared = f" (1 of {state.num_processes} processes)" if state.num_processes > 1 else ""
+    bar = tqdm(
+        desc=progress + shared, total=sum(map(len, mine)), unit="row", disable=not progress or not state.is_main_process
+    )
+    with torch.inference_mode(), bar, _Journal(journal, state.process_index) as record:
+        cache = read_prefix(model, prefix) if mine and prefix else None
+        for batch in mine:
+            ids = [rows[key][len(prefix) :] for key in batch]
+            if num_beams > 1:
+                generated = beam_search(model, tokenizer, ids, max_new_tokens, num_beams)
+            else:
+                streams = [random.Random(f"{seed} {key}") for key in batch]
+                sampling = (temperature, top_p, streams)
+                generated = decode(model, tokenizer, ids, cache, len(prefix), max_new_tokens, *sampling)
+            texts = tokenizer.batch_decode(generated, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            finished = {key: text.strip() for key, text in zip(batch, texts, strict=True)}
+            record(finished)
+            made |= finished
+            bar.update(len(batch))
+    model.train(was_training)
+    for key, text in gather_object(list(made.items())):
+        outputs[key] = text
+    return [outputs[key] for key in keys]
+
+
+# --- what is translated
+
+
+def _encode(config, tokenizer, prompt: str) -> list[int]:
+    return tokenizer(prompt)["input_ids"] if config.is_encoder_decoder else encode_prompt(tokenizer, prompt)
+
+
+def _common_prefix(rows: Iterable[list[int]]) -> list[int]:
+    """The token ids all rows begin with, short of the last of any row, which is needed to go on from."""
+    rows = list(rows)
+    if not rows:
+        return []
+    first, last = min(rows), max(rows)  # of all rows in order, these two share least
+    shared = os.path.commonprefix([first, last])
+    return shared[: min(map(len, rows)) - 1]
+
+
+def _batches(lengths: dict[str, int], max_new_tokens: int, tokens_per_batch: int) -> list[list[str]]:
+    """Keys in batches, longest first (what does not fit fails at once), rows x (longest + new) within the budget."""
+    batches: list[list[str]] = []
+    for key in sorted(lengths, key=lambda key: (-lengths[key], key)):
+        if not batches or (len(batches[-1]) + 1) * (lengths[batches[-1][0]] + max_new_tokens) > tokens_per_batch:
+            batches.append([])
+        batches[-1].append(key)
+    return batches
+
+
+# --- what is kept
+
+
+def identity(model) -> str:
+    """A hash of the model's settings and of sixteen values of each of its parameters: other weights, other hash."""
+    digest = hashlib.sha256(repr(sorted(model.config.to_diff_dict().items(), key=lambda item: item[0])).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, len(flat) // 16)][:16]
+        digest.update(f"{name} {tuple(parameter.shape)} {some.float().tolist()}".encode())
+    return digest.hexdigest()
+
+
+def _read_journal(journal: str | Path | None) -> dict[str, str]:
+    """Finished rows, key -> output. A line that a kill cut off is passed over: its row is translated again."""
+    finished = {}
+    for file in sorted(Path(journal).glob("*.jsonl")) if journal else []:
+        for line in file.read_bytes().split(b"\n"):
+            try:
+                row = json.loads(line)
+                finished[row["key"]] = row["output"]
+            except (ValueError, KeyError, TypeError):
+                continue
+    return finished
+
+
+class _Journal:
+    """Appends finished rows to this process's file of the journal; each batch is on disk before the next starts."""
+
+    def __init__(self, journal: str | Path | None, process: int):
+        self.path = None if journal is None else Path(journal) / f"process-{process}.jsonl"
+
+    def __enter__(self):
+        if self.path is None:
+            return lambda _: None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("ab")
+        if self.file.tell():
+            self.file.write(b"\n")  # ends a line that a kill cut off
+        return self._record
+
+    def _record(self, finished: dict[str, str]) -> None:
+        for key, text in finished.items():
+            self.file.write(json.dumps({"key": key, "output": text}).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def __exit__(self, *_):
+        if self.path is not None:
+            self.file.close()

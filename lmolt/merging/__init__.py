@@ -1,0 +1,1 @@
+"""Fusing models and folding adapters, streamed tensor by tensor."""

@@ -1,0 +1,1 @@
+"""Loading a model and its tokenizer; attention over the preference tree."""

@@ -1,0 +1,1 @@
+"""Tables, figures and the page that evaluated systems are shown in."""

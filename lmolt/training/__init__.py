@@ -1,0 +1,1 @@
+"""Arguments, batches, losses, reference, the trainer and its checkpoints."""

@@ -1,0 +1,352 @@
+"""The transformers Trainer with the paper's losses over preference trees."""
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import ProgressCallback, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from lmolt.card import write_card
+from lmolt.distributed import strategy
+from lmolt.files import cache_folder
+from lmolt.models.attention import TREE
+from lmolt.models.loading import check_saved_adapter
+from lmolt.models.tree import build_tree, padded_logps, tree_logps
+from lmolt.training import checkpoints, losses, reference
+from lmolt.training.arguments import PreferenceArguments
+from lmolt.training.batches import (
+    Example,
+    MicroBatch,
+    StepBatchSampler,
+    Triples,
+    collate,
+    micro_batches_for,
+    tree_costs,
+)
+from lmolt.training.monitor import Efficiency, OneLine, Statistics, plot_run, translation_scores
+
+logger = logging.getLogger(__name__)
+
+
+class _EpochLoader(DataLoader):
+    def set_epoch(self, epoch: int):
+        self.batch_sampler.set_epoch(epoch)
+
+
+class PreferenceTrainer(Trainer):
+    """Trains on `MicroBatch`es, each packed into one tree (lmolt/models/tree.py).
+
+    Losses are normalised by the counts of the whole optimizer step, over ranks and accumulation, so that the gradient
+    doesn't depend on how a step is split.
+    """
+
+    def __init__(self, model, args: PreferenceArguments, train: list[Example], evaluation: list[Example], **kwargs):
+        if args.packing == "tree" and model.config._attn_implementation not in (TREE, "sdpa"):
+            logger.warning("%s takes no tree mask: rows are padded, with the same numbers", model.config.model_type)
+            args.packing = "padded"
+        self.costs = tree_costs(train)
+        self.seed = args.seed if args.data_seed is None else args.data_seed
+        self.pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if args.tokens_per_batch is not None:
+            args.gradient_accumulation_steps = micro_batches_for(
+                self.costs,
+                self.pairs_per_step,
+                args.tokens_per_batch,
+                world=args.world_size,
+                seed=self.seed,
+                epochs=math.ceil(args.num_train_epochs),
+            )
+        super().__init__(
+            model,
+            args,
+            train_dataset=Triples(train),
+            eval_dataset=Triples(evaluation) if evaluation else None,
+            **kwargs,
+        )
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(OneLine)
+        self.strategy = strategy.strategy_of(self.accelerator) | {"triples_per_step": self.pairs_per_step}
+        if self.strategy["name"] == "FSDP":
+            strategy.keep_outputs_exact(self.accelerator.state.fsdp_plugin)
+        if args.eval_translations:
+            strategy.check_translations(self.strategy)
+        self.loss_is_scaled_for_ga = True
+        self.efficiency = Efficiency(model)
+        self.statistics = Statistics(args)
+        self._first_batch_checked = False
+
+    # --- batches
+
+    def _sampler(self, costs, pairs_per_step, **kwargs) -> StepBatchSampler:
+        rank, world = self.args.process_index, self.args.world_size
+        return StepBatchSampler(costs, pairs_per_step, rank=rank, world=world, seed=self.seed, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        most = self.args.train_batch_size if self.args.tokens_per_batch is None else None
+        sampler = self._sampler(
+            self.costs, self.pairs_per_step, micro_batches=self.args.gradient_accumulation_steps, most=most
+        )
+        return _EpochLoader(self.train_dataset, batch_sampler=sampler, collate_fn=collate)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        per_step = self.args.eval_batch_size * self.args.world_size
+        sampler = self._sampler(tree_costs(dataset.examples), per_step, shuffle=False)
+        return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+
+    def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
+        return inputs  # trees are built, and moved to the device, in `_logps`
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, and what normalises their losses."""
+        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        return batches, self._normalisers(batches)
+
+    def _normalisers(self, batches: list[MicroBatch]) -> dict[str, torch.Tensor]:
+        """Counts over the whole step and all ranks, and KTO's z (Eq. 11) over the same."""
+        live = [example for batch in batches if batch.live for example in batch.examples]
+        counts = [len(live), sum(len(example.chosen) for example in live), 0.0]
+        if self.args.loss == "kto":
+            counts[2] = self._mismatched_log_ratio(batches)
+        counts = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
+        num_pairs, num_tokens, log_ratio = self.accelerator.reduce(counts, "sum")
+        return {"num_pairs": num_pairs, "num_tokens": num_tokens, "z": losses.kto_z(log_ratio, num_pairs)}
+
+    @torch.no_grad()
+    def _mismatched_log_ratio(self, batches: list[MicroBatch]) -> float:
+        """Sum of logp - ref over this rank's mismatched pairs, dropout off."""
+        was_training = self.model_wrapped.training
+        self.model_wrapped.eval()
+        total = 0.0
+        for batch in batches:
+            logps = self._logps(self.model_wrapped, [(e.prompt, e.mismatched) for e in batch.examples])
+            reference = self._reference(batch, 2)
+            total += (logps - reference).sum().item() if batch.live else 0.0
+        self.model_wrapped.train(was_training)
+        return total
+
+    # --- the loss
+
+    def _logps(self, model, sequences) -> torch.Tensor:
+        """Log-probabilities (N,) of (prompt, output) pairs, packed as the arguments say."""
+        if self.args.packing == "padded":
+            self.efficiency.count_padded(sequences)
+            return padded_logps(model, sequences)
+        tree = build_tree(sequences)
+        self.efficiency.count(tree.input_ids.numel(), int(tree.num_tokens.sum()))
+        return tree_logps(model, tree.to(self.args.device), self.args.score_chunk)
+
+    def _reference(self, batch: MicroBatch, column: int) -> torch.Tensor:
+        values = [example.reference[column] for example in batch.examples]
+        return torch.tensor(values, dtype=torch.float64, device=self.args.device)
+
+    def _forward(self, model, batch: MicroBatch, num_pairs, num_tokens, z) -> tuple[torch.Tensor, torch.Tensor]:
+        """This micro-batch's share of the loss, and its statistics (directions, STATISTICS)."""
+        args, examples, n = self.args, batch.examples, len(batch.examples)
+        sequences = [(e.prompt, e.chosen) for e in examples]
+        if args.loss != "sft":
+            sequences += [(e.prompt, e.rejected) for e in examples]
+        logps = self._logps(model, sequences)
+        if not batch.live:
+            return 0.0 * logps.sum(), self.statistics.zeros()
+        chosen, rejected = logps[:n], logps[n:]
+        tokens = torch.tensor([len(e.chosen) for e in examples], device=logps.device)
+        references = (None, None)
+        if args.loss in losses.USES_REFERENCE:
+            references = self._reference(batch, 0), self._reference(batch, 1)
+        match args.loss:
+            case "sft":
+                loss = losses.sft(chosen, tokens, num_tokens=num_tokens)
+            case "cpo":
+                loss = losses.cpo(
+                    chosen, rejected, tokens, beta=args.beta, alpha=args.alpha, nll=args.nll,
+                    num_pairs=num_pairs, num_tokens=num_tokens,
+                )  # fmt: skip
+            case "dpo":
+                loss = losses.dpo(chosen, rejected, *references, beta=args.beta, num_pairs=num_pairs)
+            case "kto_pair":
+                loss = losses.kto_pair(chosen, rejected, *references, beta=args.beta, num_pairs=num_pairs)
+            case "kto":
+                loss = losses.kto(
+                    chosen, rejected, *references, z,
+                    beta=args.beta, lambda_p=args.lambda_p, lambda_d=args.lambda_d, num_pairs=num_pairs,
+                )  # fmt: skip
+        return loss.float(), self.statistics.of(examples, chosen.detach(), rejected.detach(), *references)
+
+    def compute_loss(self, model, inputs: MicroBatch, return_outputs=False, num_items_in_batch=None):
+        self._check_first_batch(model, inputs)
+        loss, statistics = self._forward(model, inputs, **num_items_in_batch)
+        self.statistics.add(statistics)
+        # DDP, FSDP and DeepSpeed average gradients over ranks; the shares of a global mean have to be summed
+        return loss * self.args.world_size
+
+    def _check_first_batch(self, model, batch: MicroBatch) -> None:
+        """On one triple, dropout off: tree and padded rows agree, and before the first step so does the reference."""
+        if self._first_batch_checked:
+            return
+        self._first_batch_checked = True
+        example = batch.examples[0]
+        sequences = [(example.prompt, example.chosen), (example.prompt, example.rejected)]
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            padded = padded_logps(model, sequences)
+            packed = padded
+            if self.args.packing == "tree":
+                packed = tree_logps(model, build_tree(sequences).to(self.args.device), self.args.score_chunk)
+        model.train(was_training)
+        tokens = torch.tensor([len(output) for _, output in sequences], device=padded.device)
+        per_token = lambda other: ((other - padded).abs() / tokens).max().item()
+        low_precision = self.args.bf16 or self.args.fp16 or next(self.model.parameters()).dtype != torch.float32
+        allowed = 0.05 if low_precision else 1e-4
+        difference = per_token(packed)
+        if not difference <= allowed:
+            raise ValueError(
+                f"triple {example.id!r}: log-probabilities of the tree and of padded rows differ by {difference:.2g} a "
+                f"token, over the {allowed:g} that rounding explains; this model's attention doesn't take the tree's "
+                "mask. Use --packing padded"
+            )
+        logger.info("tree and padded rows agree on the first triple: %.1e a token", difference)
+        if self.args.loss in losses.USES_REFERENCE and self.state.global_step == 0:
+            difference = per_token(torch.tensor(example.reference[:2], dtype=torch.float64, device=padded.device))
+            if not difference <= allowed:
+                raise ValueError(
+                    f"triple {example.id!r}: before the first step, policy and reference differ by {difference:.2g} a "
+                    f"token, over the {allowed:g} that rounding explains; the cached reference is another model's. "
+                    f"Delete {cache_folder()}"
+                )
+
+    # --- evaluation, logging, saving
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """Loss and statistics over the held-out triples, normalised like one optimizer step."""
+        model = self.model_wrapped
+        model.eval()
+        batches = list(dataloader)
+        normalisers = self._normalisers(batches)
+        totals, loss = self.statistics.zeros(), torch.zeros((), dtype=torch.float64, device=self.args.device)
+        for batch in tqdm(
+            batches, desc=description, disable=self.args.disable_tqdm or not self.is_local_process_zero()
+        ):
+            share, statistics = self._forward(model, batch, **normalisers)
+            loss, totals = loss + share, totals + statistics
+        loss = self.accelerator.reduce(loss, "sum").item()
+        means = self.statistics.means(self.accelerator.reduce(totals, "sum"))
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in {"loss": loss, **means}.items()}
+        if self.args.eval_translations:
+            scores = translation_scores(self, self.eval_dataset.examples)
+            metrics |= {f"{metric_key_prefix}_{key}": value for key, value in scores.items()}
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a training step, and not an evaluation or the end of training
+            logs |= self.statistics.drain(self.accelerator) | self.efficiency.rates()
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs) -> float:
+        return self.efficiency.drain_flops()
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        # Trainer would save the whole base too, or nothing where FSDP's checkpoints are sharded
+        trained = {name: p.full_tensor() for name, p in self.model.named_parameters() if p.requires_grad}
+        return self._save(output_dir, trained)
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        # Trainer pickles its arguments; they stand in run.json, as text
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model, trial):
+        """Save, seal with a manifest, and only then delete older checkpoints."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        efficiency = self.efficiency.summary(self.accelerator, self.state.total_flos)
+        if self.args.should_save:
+            output_dir = Path(self.args.output_dir)
+            checkpoint = output_dir / f"checkpoint-{self.state.global_step}"
+            (checkpoint / "efficiency.json").write_text(json.dumps(efficiency, indent=1))
+            strategy.write(checkpoint, self.strategy)
+            checkpoints.write_manifest(checkpoint)
+            rotate_checkpoints(
+                output_dir=str(output_dir),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def save_finished(self, run: dict) -> None:
+        """Write the adapter and all that belongs to it; `adapter_model.safetensors` appears last, by rename.
+
+        All processes call it; the first returns, and the others end in it (`strategy.leave_group`).
+        """
+        output_dir = Path(self.args.output_dir)
+        staging = output_dir / "unfinished"
+        self.save_model(str(staging), _internal_call=True)  # else Trainer uploads at once, with a card of its own
+        efficiency = self.efficiency.summary(self.accelerator, self.state.total_flos)
+        strategy.leave_group()  # the first process goes on alone
+        check_saved_adapter(staging, self.model)
+        (staging / "run.json").write_text(json.dumps(run, indent=1))
+        self.state.save_to_json(str(staging / "trainer_state.json"))
+        (staging / "efficiency.json").write_text(json.dumps(efficiency, indent=1))
+        plot_run(self.state.log_history, staging / "training.png")
+        write_card(staging, output_dir, run)
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == "adapter_model.safetensors"):
+            file.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+            file.replace(output_dir / file.name)
+        staging.rmdir()
+
+    # --- the reference
+
+    def set_references(self, identity: dict) -> str:
+        """Give every example its log-probabilities under the model as it stands now; "computed" or "cached"."""
+        examples = self.train_dataset.examples + (self.eval_dataset.examples if self.eval_dataset else [])
+        key = reference.cache_key(identity, examples)
+        logps, outcome = reference.read_cache(key), "cached"
+        if logps is None:
+            logps, outcome = self._compute_references(examples), "computed"
+            if self.is_world_process_zero():
+                reference.write_cache(key, logps)
+        for example, row in zip(examples, logps.tolist(), strict=True):
+            example.reference = tuple(row)
+        return outcome
+
+    @torch.no_grad()
+    def _compute_references(self, examples: list[Example]) -> torch.Tensor:
+        if not self.args.load_in_4bit:
+            self.model.to(self.args.device)  # where DeepSpeed and FSDP would bring it later
+        self.model.eval()
+        per_pass = self.args.eval_batch_size * self.args.world_size
+        sampler = self._sampler(tree_costs(examples), per_pass, shuffle=False)
+        logps = torch.zeros(len(examples), 3, dtype=torch.float64, device=self.args.device)
+        for drawn in tqdm(sampler, desc="reference log-probabilities", disable=not self.is_world_process_zero()):
+            rows = [index for index, _ in drawn]
+            outputs = [(i, c, ids) for i in rows for c, ids in enumerate(_outputs(examples[i])) if ids]
+            with self.accelerator.autocast():
+                scored = self._logps(self.model, [(examples[i].prompt, ids) for i, _, ids in outputs])
+            if drawn[0][1]:
+                logps[[i for i, _, _ in outputs], [c for _, c, _ in outputs]] = scored
+        return self.accelerator.reduce(logps, "sum").cpu()
+
+
+def _outputs(example: Example) -> tuple[list[int], list[int], list[int]]:
+    return example.chosen, example.rejected, example.mismatched
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # there is no way to read it but to set it
+    os.umask(mask)
+    return mask

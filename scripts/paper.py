@@ -1,0 +1,230 @@
+"""The paper's Tables 1 to 4 as a list of stages: what is done, what is left and what it takes; and runs what is left.
+
+    python scripts/paper.py --dry_run       # the plan and its commands, each of which runs alone, on any machine
+    python scripts/paper.py                 # runs what is left: a GPU of 24 GB, the Hub
+    python scripts/paper.py --scale demo    # the same grid on the embedded default: two CPU cores
+
+(./launch.sh paper, with the same arguments.) A stage is done when its file is there; remove that to do it again. One
+that fails doesn't keep others from running. ChemLLM, which runs code of its own, is left out without
+--trust_remote_code.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
+
+import argparse
+import shlex
+import subprocess
+from typing import NamedTuple
+
+import yaml
+
+from lmolt.generation.systems import SYSTEMS, read_system
+from lmolt.prompts import CAP2MOL, MOL2CAP
+
+RECIPES = SYSTEMS.parent
+ROWS = {  # systems in the tables' order, as the tables call them
+    "molt5": "MolT5",
+    "molt5_small": "MolT5-small",
+    "molt5_base": "MolT5-base",
+    "molt5_large": "MolT5-large",
+    "txtchem_t5": "Text+Chem T5",
+    "chem_llm": "ChemLLM",
+    "meditron": "Meditron",
+    "sft": "SFT",
+    "dpo": "DPO (Eq. 5)",
+    "dpo_kto_pair": "DPO (as run)",
+    "cpo": "CPO",
+    "kto": "KTO",
+    "ties_dpo": "TIES + DPO (Eq. 5)",
+    "ties_dpo_kto_pair": "TIES + DPO (as run)",
+    "ties_cpo": "TIES + CPO",
+    "slerp_dpo": "SLERP + DPO (Eq. 5)",
+    "slerp_dpo_kto_pair": "SLERP + DPO (as run)",
+    "slerp_cpo": "SLERP + CPO",
+}
+FUSED = {"ties": "recipes/merge/ties_19_1.yaml", "slerp": "recipes/merge/slerp_19_1.yaml"}
+# Of 7B training, by arithmetic and not measured: 12,700 triples of 370 tokens, three epochs, 4 FLOP a parameter and
+# token (the base is frozen) at 1e14 FLOP/s, an A100; DPO's reference is one forward pass more, KTO's z a third output.
+# GB: NF4 weights 4, adapter with its optimizer 3, activations of 1,024 tokens 8.
+TRAIN_HOURS, TRAIN_MEMORY = {"sft": 0.9, "cpo": 1.1, "dpo": 1.3, "kto_pair": 1.3, "kto": 1.6}, 15
+
+
+class Stage(NamedTuple):
+    name: str
+    leaves: str  # the file that appears last
+    command: list[str]
+    needs: list[str] = []  # stages
+    memory: float = 0  # GB on a GPU
+    hours: float = 0  # on one A100, or on two CPU cores
+
+
+class Scale(NamedTuple):
+    systems: str  # file of them
+    folder: str  # what all but the triples is written to
+    base: str  # the model that both unidirectional ones were trained from
+    fuse: list[str]  # flags beside the recipe's
+    triples: Stage
+    train: list[str]  # flags beside the recipe's
+    evaluate: list[str]  # flags
+
+
+def scales() -> dict[str, Scale]:
+    flags = lambda text: text.split()
+    translator = read_system("molt5_large").models
+    triples = ["python", *flags("scripts/make_triples.py --pairs lpm24 --fraction 0.1 --invalid_pairs drop")]
+    triples += ["--mol2cap_model", translator[MOL2CAP], "--cap2mol_model", translator[CAP2MOL]]
+    triples += flags("--output runs/paper/triples.parquet")
+    paper = Scale(
+        systems="recipes/systems.yaml",
+        folder="runs/paper",
+        base="epfl-llm/meditron-7b",
+        fuse=flags("--dtype bfloat16"),  # the base's; both Meditrons are stored in fp32
+        triples=Stage("triples", "runs/paper/triples.parquet", triples, memory=6, hours=1),
+        train=[],
+        # which NLI-DeBERTa: not stated; our choice, because it is the largest of its kind
+        evaluate=flags(
+            "--pairs lpm24 --invalid_pairs drop --too_long empty --text_tokenizer allenai/scibert_scivocab_uncased "
+            "--nli_model cross-encoder/nli-deberta-v3-large"
+        ),
+    )
+    # the embedded default's own settings, but the loss
+    ours = yaml.safe_load((RECIPES / "demo.yaml").read_text(encoding="utf-8"))
+    ours = [f"--{key}={value}" for key, value in ours.items() if key not in ("loss", "model")]
+    stand_ins = ["python", "-c", "from lmolt.demo import build; build.prepare()"]
+    demo = Scale(
+        systems="recipes/systems_demo.yaml",
+        folder="runs/paper_demo",
+        base="runs/demo/models/base",
+        fuse=[],
+        triples=Stage("triples", "runs/demo/triples.parquet", stand_ins, hours=0.06),
+        train=[*ours, *flags("--max_steps 100")],
+        evaluate=flags("--pairs runs/demo/pairs.parquet --limit 100 --max_new_tokens 128 --n_bootstrap 200"),
+    )
+    stand_ins = [*stand_ins[:2], "from lmolt import demo; build.prepare(scale='tiny')"]
+    tiny = demo._replace(
+        triples=Stage("triples", "runs/demo/triples.parquet", stand_ins),
+        train=[*ours, *flags("--max_steps 1")],
+        evaluate=flags(
+            "--pairs runs/demo/pairs.parquet --limit 6 --max_new_tokens 4 --n_bootstrap 10 --n_shuffles 2 --no_fcd"
+        ),
+    )
+    return {"paper": paper, "demo": demo, "tiny": tiny}
+
+
+def plan(name: str, only: list[str] | None = None, trust_remote_code: bool = False) -> list[Stage]:
+    """The stages of scale `name` in an order in which they can run; of the rows `only`, and Meditron, the baseline."""
+    scale = scales()[name]
+    known = yaml.safe_load(Path(RECIPES.parent, scale.systems).read_text(encoding="utf-8"))
+    rows = {row: read_system(row, Path(RECIPES.parent, scale.systems)) for row in ROWS if row in known}
+    rows = {row: system for row, system in rows.items() if trust_remote_code or not system.trust_remote_code}
+    rows = {row: system for row, system in rows.items() if not only or row in only or row == "meditron"}
+    folder, full = scale.folder, name == "paper"
+    stages, first = [scale.triples], [] if full else ["triples"]  # stand-ins come with the triples
+
+    # --- fusion
+    meditron = rows["meditron"].models
+    for method, recipe in FUSED.items():
+        if not any(row.startswith(method) for row in rows):
+            continue
+        command = ["python", "scripts/merge.py", "--recipe", recipe, "--models", meditron[CAP2MOL], meditron[MOL2CAP]]
+        command += ["--base", scale.base] if method == "ties" else []
+        command += [*scale.fuse, "--output", f"{folder}/{method}"]
+        stages.append(Stage(method, f"{folder}/{method}/config.json", command, first, 0, 0.2 if full else 0.002))
+
+    # --- training, each row from its start; evaluation of every row
+    for row, system in rows.items():
+        needs = first
+        if system.recipe:
+            loss = yaml.safe_load((RECIPES.parent / system.recipe).read_text(encoding="utf-8"))["loss"]
+            command = ["python", "scripts/train_pref.py", "--recipe", system.recipe, "--resume_from_checkpoint", "true"]
+            if scale.train:
+                command += [*scale.train, "--model", system.models[CAP2MOL], "--output_dir", system.adapters[CAP2MOL]]
+            needs = ["triples", *(method for method in FUSED if row.startswith(method))]
+            memory, hours = (TRAIN_MEMORY, TRAIN_HOURS[loss]) if full else (0, 0.01)
+            leaves = f"{folder}/{row}/adapter_model.safetensors"
+            stages.append(Stage(row, leaves, command, needs, memory, hours))
+            needs = [row]
+        output = f"{folder}/evaluation/{row}"
+        command = ["python", "scripts/evaluate.py", "--system", row, "--name", ROWS[row], *scale.evaluate]
+        command += ["--systems", scale.systems] * (not full) + ["--trust_remote_code"] * system.trust_remote_code
+        memory, hours = (2 * system.parameters / 1e9 + 4, 0.5) if full else (0, 0.003)  # GB of keys and values: 4
+        command += ["--output", output]
+        stages.append(Stage(f"evaluate {row}", f"{output}/metrics.json", command, needs, memory, hours))
+
+    # --- Tables 1 to 4
+    command = ["python", "scripts/evaluate.py", "--compare", *(f"{folder}/evaluation/{row}" for row in rows)]
+    command += ["--baseline", ROWS["meditron"], "--output", f"{folder}/report"]
+    needs = [f"evaluate {row}" for row in rows]
+    return [*stages, Stage("tables", f"{folder}/report/report.html", command, needs, 0, 0.02)]
+
+
+def shown(stages: list[Stage]) -> str:
+    """The plan as a table."""
+    rows = [("stage", "", "GPU GB", "hours", "needs")]
+    for stage in stages:
+        state = "done" if Path(stage.leaves).exists() else ""
+        needs = f"{len(stage.needs)} stages" if len(stage.needs) > 3 else ", ".join(stage.needs)
+        rows.append((stage.name, state, f"{stage.memory:.0f}" if stage.memory else "-", f"{stage.hours:.2g}", needs))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    left = sum(stage.hours for stage in stages if not Path(stage.leaves).exists())
+    return "\n".join(lines) + f"\nestimated, one stage after the other: {left:.2g} hours left"
+
+
+def run(stages: list[Stage]) -> list[str]:
+    """Run what is left, in order; the names of the stages that failed, or that wait for one that did."""
+    names, failed = {stage.name: stage for stage in stages}, []
+    for number, stage in enumerate(stages, 1):
+        print(f"== {number}/{len(stages)} {stage.name}", end="", flush=True)
+        if Path(stage.leaves).exists():
+            print(f": done ({stage.leaves})")
+        elif missing := [need for need in stage.needs if not Path(names[need].leaves).exists()]:
+            print(f": waits for {', '.join(missing)}")
+            failed.append(stage.name)
+        else:
+            print(f"\n   {shlex.join(stage.command)}", flush=True)
+            if subprocess.run([sys.executable, *stage.command[1:]], check=False).returncode:
+                failed.append(stage.name)
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=("paper", "demo", "tiny"), default="paper", help="tiny: for tests")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"only some of {', '.join(ROWS)}")
+    parser.add_argument("--dry_run", action="store_true", help="print the plan and its commands; run nothing")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="with ChemLLM, whose tokenizer is its own code"
+    )
+    args = parser.parse_args()
+    if not Path("scripts/evaluate.py").is_file():
+        parser.error("run this in the project's folder, where scripts/ is")
+    stages = plan(args.scale, args.rows, args.trust_remote_code)
+    print(shown(stages))
+    if args.dry_run:
+        for stage in stages:
+            print(f"\n# {stage.name}: {stage.leaves}\n{shlex.join(stage.command)}")
+        return
+    if args.scale == "paper":
+        import torch
+
+        if not torch.cuda.is_available():
+            sys.exit("error: there is no GPU here; --dry_run prints the commands, --scale demo runs on two CPU cores")
+    if failed := run(stages):
+        sys.exit(f"error: not done: {', '.join(failed)}; what is done stays, and the same command goes on")
+    print(f"Tables 1 to 4: {Path(stages[-1].leaves).with_name('report.md')}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; what is done stays, and the same command goes on", file=sys.stderr)
+        sys.exit(130)
