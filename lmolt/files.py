@@ -1,16 +1,69 @@
-"""Files as all of LMolT reads and writes them: whole or not at all, hashed, cached, as tables."""
+"""Files as all of LMolT reads and writes them: whole or not at all, hashed, cached, as tables; how a command ends."""
 
 import csv
 import hashlib
 import io
 import json
 import os
+import select
+import sys
+import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")  # .txt, as ChEBI-20 has them, are .tsv
+
+
+def run_main(main: Callable[[list[str]], object], kept: str = "the same command goes on from what is finished") -> None:
+    """Run a command, `main(argv)`, and end it as all of LMolT's commands end.
+
+    Bad input (`ValueError`, `OSError`) is one line and exit code 2, any other error one line with its place and exit
+    code 1; LMOLT_DEBUG=1 shows the traceback of both. Ctrl-C says what is `kept`, exit code 130. A reader of the output
+    that went away (`| head`) ends it without a word, exit code 141, as a shell counts SIGPIPE.
+    """
+    first = os.environ.get("RANK", "0") == "0"  # as accelerate launch numbers processes
+    for stream in (sys.stdout, sys.stderr):  # a screen that can't show a character is no reason to end
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        main(sys.argv[1:])
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here a reader that went away can still be told from other errors
+    except KeyboardInterrupt:
+        if first:
+            print(f"\nstopped; {kept}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone(sys.stdout):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+            sys.exit(141)
+        if not first:
+            time.sleep(5)  # by then the launcher has ended this process too, unless the first one has no such error
+        if os.environ.get("LMOLT_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        expected = isinstance(error, (ValueError, OSError))
+        message = " ".join(str(error).split())  # libraries write paragraphs
+        if not expected:
+            message = f"{type(error).__name__}: {message}"
+        file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
+        ours = Path(__file__).parent in Path(file).parents
+        if not expected or ("site-packages" in file and not ours):
+            message += f" ({file}, line {line})"
+        if not expected:
+            message += "; LMOLT_DEBUG=1 shows the whole traceback"
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2 if expected else 1)
+
+
+def _reader_is_gone(stream) -> bool:
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def cache_folder() -> Path:

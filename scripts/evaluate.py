@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
 
 import argparse
 import json
@@ -30,6 +31,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 
 from lmolt import __version__
+from lmolt.files import run_main
 from lmolt.generation.systems import SYSTEMS, System, finish, load, read_system
 from lmolt.prompts import CAP2MOL, DIRECTIONS, build_prompt
 
@@ -267,23 +269,17 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"metrics are on the card of {args.hub_model_id}: {url}")
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
     if args.compare:
         compare(args)
     else:
         evaluate(args)
 
 
+def command() -> None:
+    run_main(main, kept="finished translations are kept in --output, and the same command goes on from them")
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(
-            "interrupted; finished translations are kept in --output, and the same command goes on from them",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+    command()

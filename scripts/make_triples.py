@@ -21,7 +21,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
 
 import argparse
 import hashlib
@@ -34,6 +35,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 
 from lmolt import __version__
+from lmolt.files import run_main
 from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP
 
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # as accelerate launch numbers them; it alone prints and writes
@@ -164,8 +166,8 @@ def summary(args: argparse.Namespace, pairs: dict, models: dict, counts: Counter
     }
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
     say = print if FIRST_PROCESS else lambda *_: None
     from lmolt.data.negatives import describe, figure, table, triples_of
     from lmolt.data.triples import write_triples
@@ -257,16 +259,9 @@ def translations(args: argparse.Namespace, direction: str, prompts: list[str], j
     return [outputs[i : i + n] for i in range(0, len(outputs), n)], {"name": name, "weights": identity(model)}
 
 
+def command() -> None:
+    run_main(main, kept="what is translated is in OUTPUT.journal: the same command goes on from it")
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if FIRST_PROCESS:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if FIRST_PROCESS:
-            print(
-                "\nstopped; what is translated is in OUTPUT.journal: the same command goes on from it", file=sys.stderr
-            )
-        sys.exit(130)
+    command()

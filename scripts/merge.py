@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
 
 import argparse
 import json
@@ -29,6 +30,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads spin while
 from tqdm import tqdm
 
 import lmolt
+from lmolt.files import run_main
 from lmolt.merging import methods
 from lmolt.merging.provenance import plot, summarise, summarise_fold, table, write_lineage
 from lmolt.merging.safetensors_io import NAMES, Checkpoint, OutputFolder, check_room, find_folder, inspect_file
@@ -226,12 +228,9 @@ def main(argv: list[str]) -> None:
     return None
 
 
+def command() -> None:
+    run_main(main, kept="nothing is at --output yet, and the same command with --resume goes on")
+
+
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; nothing is at --output yet, and the same command with --resume goes on", file=sys.stderr)
-        sys.exit(130)
+    command()

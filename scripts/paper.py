@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
 
 import argparse
 import shlex
@@ -22,6 +23,7 @@ from typing import NamedTuple
 
 import yaml
 
+from lmolt.files import run_main
 from lmolt.generation.systems import SYSTEMS, read_system
 from lmolt.prompts import CAP2MOL, MOL2CAP
 
@@ -192,7 +194,7 @@ def run(stages: list[Stage]) -> list[str]:
     return failed
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=("paper", "demo", "tiny"), default="paper", help="tiny: for tests")
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"only some of {', '.join(ROWS)}")
@@ -200,7 +202,7 @@ def main() -> None:
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="with ChemLLM, whose tokenizer is its own code"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not Path("scripts/evaluate.py").is_file():
         parser.error("run this in the project's folder, where scripts/ is")
     stages = plan(args.scale, args.rows, args.trust_remote_code)
@@ -219,12 +221,9 @@ def main() -> None:
     print(f"Tables 1 to 4: {Path(stages[-1].leaves).with_name('report.md')}")
 
 
+def command() -> None:
+    run_main(main, kept="what is done stays, and the same command goes on")
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; what is done stays, and the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    command()

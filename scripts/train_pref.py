@@ -14,13 +14,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
 
 import hashlib
-import os
 import shutil
-import time
-import traceback
 import warnings
 from collections import Counter
 from importlib.metadata import version
@@ -33,6 +31,7 @@ from lmolt import hub
 from lmolt.data.triples import read_triples
 from lmolt.distributed import strategy
 from lmolt.distributed.preemption import StopWhenAsked
+from lmolt.files import run_main
 from lmolt.models import loading
 from lmolt.recipes import apply_recipe
 from lmolt.training import batches, checkpoints, losses, reference
@@ -196,19 +195,12 @@ def main(argv: list[str]) -> None:
         say(f"uploaded {hub.push(args.output_dir, args.hub_model_id, args.hub_private_repo, args.hub_revision)}")
 
 
-if __name__ == "__main__":
+def command() -> None:
     hf_logging.set_verbosity_warning()
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's, at each step
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT's
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # by then the launcher has ended this process too, unless the first one has no such error
-        file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
-        print(f"error: {error}" + f" ({file}, line {line})" * ("site-packages" in file), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print("\nstopped; go on from the last checkpoint with --resume_from_checkpoint true", file=sys.stderr)
-        sys.exit(130)
+    run_main(main, kept="--resume_from_checkpoint true goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    command()

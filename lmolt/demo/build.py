@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmolt.data.pairs import scaffold_split
-from lmolt.files import read_table, write_table
+from lmolt.files import read_table, run_main, write_table
 from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP, TEMPLATES, build_prompt, encode_output, encode_prompt
 
 ROOT = Path(__file__).resolve().parents[2] / "runs" / "demo"
@@ -372,8 +372,4 @@ def prepare(root: Path = ROOT, scale: str = "full") -> None:
 
 
 if __name__ == "__main__":
-    try:
-        build_models()
-    except KeyboardInterrupt:
-        print("\nstopped; finished models are kept, and the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    run_main(lambda argv: build_models(), kept="finished models are kept, and the same command goes on")

@@ -1,0 +1,61 @@
+"""How commands end, whichever way: lmolt.files.run_main."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def run(code: str, environment: dict | None = None) -> subprocess.CompletedProcess:
+    """A command whose main is `code`."""
+    body = f"import sys\nfrom lmolt.files import run_main\ndef main(argv):\n    {code}\nrun_main(main, kept='all')"
+    return subprocess.run(
+        [sys.executable, "-c", body, "x"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "stderr"),
+    [
+        ("assert argv == ['x']", 0, ""),
+        (r"raise ValueError('a.csv row 3:\n  bad')", 2, "error: a.csv row 3: bad\n"),
+        ("open('no/such')", 2, "error: [Errno 2] No such file or directory: 'no/such'\n"),
+        ("{}['simpo']", 1, "error: KeyError: 'simpo' (<string>, line 4); LMOLT_DEBUG=1 shows the whole traceback\n"),
+        ("raise KeyboardInterrupt", 130, "\nstopped; all\n"),
+        ("sys.exit(75)", 75, ""),
+        ("raise BrokenPipeError(32, 'of a socket')", 2, "error: [Errno 32] of a socket\n"),  # not of our output
+    ],
+)
+def test_each_end_has_its_line_and_exit_code(code, status, stderr):
+    done = run(code)
+    assert (done.returncode, done.stderr) == (status, stderr)
+
+
+def test_the_traceback_is_shown_on_demand():
+    done = run("{}['simpo']", {"LMOLT_DEBUG": "1"})
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last):") and "\nerror: KeyError: 'simpo'" in done.stderr
+
+
+def test_a_screen_that_lacks_a_character_does_not_end_a_run():
+    done = run("print('\u2264 5')", {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout) == (0, "? 5\n")
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])  # the reader is gone when the output is flushed, or in its midst
+def test_a_reader_that_goes_away_ends_a_run_quietly(lines):
+    code = f"sys.stdin.read()\n    for i in range({lines}): print(i)"
+    body = f"import sys\nfrom lmolt.files import run_main\ndef main(argv):\n    {code}\nrun_main(main)"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", body], cwd=ROOT, **pipes)
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(60) == 141 and process.stderr.read() == b""
+
+
+def test_a_full_screen_is_an_error():
+    with open("/dev/full", "w") as full:  # noqa: PTH123  no path of a file
+        body = "from lmolt.files import run_main\nrun_main(lambda argv: print(1))"
+        done = subprocess.run([sys.executable, "-c", body], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 2 and done.stderr == b"error: [Errno 28] No space left on device\n"
