@@ -1,10 +1,12 @@
 """Files as all of LMolT reads and writes them: whole or not at all, hashed, cached, as tables; how a command ends."""
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
 import os
+import re
 import select
 import sys
 import time
@@ -102,8 +104,38 @@ def write_whole(path: Path | str, content: str | bytes | Callable[[BinaryIO], ob
         partial.unlink(missing_ok=True)
 
 
+def content_hash(path: Path | str, *, remember: bool = True) -> str:
+    """What tells one file's bytes from another's: its size and XXH3-128, over all of it.
+
+    That of a file of 8 MB or more is remembered in the cache folder by path, size, times and inode: a base model is
+    read once a machine. With `remember` off the bytes are read each time, and a disk's damage is found.
+    """
+    import xxhash  # here: reading tables needs none
+
+    path = Path(path)
+    before = path.stat()
+    known = None
+    if remember and before.st_size >= 8_000_000:
+        when = (before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino, before.st_dev)
+        name = xxhash.xxh3_128_hexdigest(f"{path.resolve()}\0{when}".encode(errors="surrogateescape"))
+        with contextlib.suppress(OSError, ValueError):  # ValueError: no home directory
+            known = cache_folder() / "hashes" / name
+            found = known.read_text(encoding="ascii")
+            if re.fullmatch(rf"{before.st_size}-[0-9a-f]{{32}}", found):
+                return found
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    found, after = f"{before.st_size}-{digest}", path.stat()
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise ValueError(f"{path}: was written to while it was read; let that end first")
+    if known is not None and time.time_ns() - before.st_mtime_ns > 2e9:  # else the next write may have the same time
+        with contextlib.suppress(OSError):  # a cache that can't be written to is none
+            write_whole(known, found)
+    return found
+
+
 def sha256_file(path: Path | str) -> str:
-    """SHA-256 in hexadecimal, for what is published or compared with others' sums."""
+    """SHA-256 in hexadecimal, for what is published or compared with others' sums; `content_hash` is for the rest."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,10 +1,14 @@
-"""How commands end, whichever way: lmolt.files.run_main."""
+"""How commands end, whichever way (run_main), and the hash by which files are told apart."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+import xxhash
 from conftest import ROOT
+
+from lmolt import files
 
 
 def run(code: str, environment: dict | None = None) -> subprocess.CompletedProcess:
@@ -59,3 +63,34 @@ def test_a_full_screen_is_an_error():
         body = "from lmolt.files import run_main\nrun_main(lambda argv: print(1))"
         done = subprocess.run([sys.executable, "-c", body], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=60)
     assert done.returncode == 2 and done.stderr == b"error: [Errno 28] No space left on device\n"
+
+
+def test_content_hash_is_size_and_all_bytes(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(b"a" * 100)
+    assert files.content_hash(file) == f"100-{xxhash.xxh3_128_hexdigest(b'a' * 100)}"
+    big = b"0123456789abcdef" * 600_000
+    file.write_bytes(big)
+    os.utime(file, ns=(10**18, 10**18))
+    first = files.content_hash(file)
+    assert first == f"9600000-{xxhash.xxh3_128_hexdigest(big)}"
+    (known,) = (tmp_path / "cache" / "hashes").iterdir()
+    known.write_text("9600000-" + "0" * 32)  # which shows that it is taken from there
+    assert files.content_hash(file) == "9600000-" + "0" * 32
+    assert files.content_hash(file, remember=False) == first
+    known.write_text("cut")
+    assert files.content_hash(file) == first
+    with file.open("r+b") as stream:
+        stream.write(b"x")
+    os.utime(file, ns=(10**18, 10**18))  # same size, same time: the inode's own time tells
+    assert files.content_hash(file) == f"9600000-{xxhash.xxh3_128_hexdigest(b'x' + big[1:])}"
+
+
+def test_a_hash_needs_no_cache(tmp_path, monkeypatch):
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(9_000_000))
+    os.utime(file, ns=(10**18, 10**18))
+    monkeypatch.setenv("LMOLT_CACHE", "/dev/null/none")
+    assert files.content_hash(file) == f"9000000-{xxhash.xxh3_128_hexdigest(bytes(9_000_000))}"
+    with pytest.raises(FileNotFoundError):
+        files.content_hash(tmp_path / "none")
