@@ -11,7 +11,6 @@ Rows that have ended leave the batch. A journal keeps each finished row on disk,
 """
 
 import hashlib
-import json
 import os
 import random
 from collections import Counter
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from lmolt.generation.decoding import beam_search, decode, end_ids, read_prefix
+from lmolt.generation.journal import Journal, read_journal
 from lmolt.models.loading import check_model_folder, load_base, load_tokenizer
 from lmolt.prompts import build_prompt, encode_prompt
 
@@ -162,7 +162,7 @@ def translate(
     # --- batches, whoever runs them
     prefix = [] if model.config.is_encoder_decoder or num_beams > 1 else _common_prefix(rows.values())
     batches = _batches({key: len(ids) - len(prefix) for key, ids in rows.items()}, max_new_tokens, tokens_per_batch)
-    recorded = {key: text for key, text in _read_journal(journal).items() if key in rows}
+    recorded = {key: text for key, text in read_journal(journal).items() if key in rows}
     state.wait_for_everyone()  # no process writes to the journal before all have read it
     outputs |= recorded
     if recorded:
@@ -177,7 +177,7 @@ def translate(
     bar = tqdm(
         desc=progress + shared, total=sum(map(len, mine)), unit="row", disable=not progress or not state.is_main_process
     )
-    with torch.inference_mode(), bar, _Journal(journal, state.process_index) as record:
+    with torch.inference_mode(), bar, Journal(journal, state.process_index) as record:
         cache = read_prefix(model, prefix) if mine and prefix else None
         for batch in mine:
             ids = [rows[key][len(prefix) :] for key in batch]
@@ -236,42 +236,3 @@ def identity(model) -> str:
         some = flat[:: max(1, len(flat) // 16)][:16]
         digest.update(f"{name} {tuple(parameter.shape)} {some.float().tolist()}".encode())
     return digest.hexdigest()
-
-
-def _read_journal(journal: str | Path | None) -> dict[str, str]:
-    """Finished rows, key -> output. A line that a kill cut off is passed over: its row is translated again."""
-    finished = {}
-    for file in sorted(Path(journal).glob("*.jsonl")) if journal else []:
-        for line in file.read_bytes().split(b"\n"):
-            try:
-                row = json.loads(line)
-                finished[row["key"]] = row["output"]
-            except (ValueError, KeyError, TypeError):
-                continue
-    return finished
-
-
-class _Journal:
-    """Appends finished rows to this process's file of the journal; each batch is on disk before the next starts."""
-
-    def __init__(self, journal: str | Path | None, process: int):
-        self.path = None if journal is None else Path(journal) / f"process-{process}.jsonl"
-
-    def __enter__(self):
-        if self.path is None:
-            return lambda _: None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("ab")
-        if self.file.tell():
-            self.file.write(b"\n")  # ends a line that a kill cut off
-        return self._record
-
-    def _record(self, finished: dict[str, str]) -> None:
-        for key, text in finished.items():
-            self.file.write(json.dumps({"key": key, "output": text}).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def __exit__(self, *_):
-        if self.path is not None:
-            self.file.close()
