@@ -1,5 +1,6 @@
 """Batched translation against `generate`, one prompt at a time; journals; limits."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -67,6 +68,29 @@ def test_beams_are_those_of_generate_one_by_one(translator):
     model, tokenizer, prompts = translator
     expected = one_by_one(model, tokenizer, prompts[:6], new=8, num_beams=3)
     assert translate(model, tokenizer, prompts[:6], max_new_tokens=8, num_beams=3) == expected
+
+
+def test_several_beams_are_those_of_generate(translator, tmp_path):
+    model, tokenizer, prompts = translator
+    how = {"max_new_tokens": 8, "num_beams": 4, "num_return": 3, "journal": tmp_path}
+    ends = model.generation_config.eos_token_id
+    made = translate(model, tokenizer, [*prompts[:3], prompts[0]], **how)
+    for prompt, texts in zip(prompts, made[:3], strict=False):
+        ids = tokenizer(prompt)["input_ids"] if model.config.is_encoder_decoder else encode_prompt(tokenizer, prompt)
+        config = GenerationConfig(
+            max_new_tokens=8,
+            num_beams=4,
+            num_return_sequences=3,
+            eos_token_id=ends,
+            pad_token_id=0,
+        )
+        rows = model.generate(torch.tensor([ids]), generation_config=config).tolist()
+        rows = [row[1 if model.config.is_encoder_decoder else len(ids) :] for row in rows]
+        expected = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
+        assert texts == [tokenizer.decode(row, skip_special_tokens=True).strip() for row in expected]
+    assert made[3] == made[0] and made == translate(model, tokenizer, [*prompts[:3], prompts[0]], **how)
+    with pytest.raises(ValueError, match="num_return 3: of 2 beams"):
+        translate(model, tokenizer, prompts, num_beams=2, num_return=3)
 
 
 def test_the_batch_shrinks_as_rows_end(translator, monkeypatch):

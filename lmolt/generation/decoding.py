@@ -148,14 +148,17 @@ def _draw(logits: torch.Tensor, top_p: float, draws: list[float]) -> torch.Tenso
     return tokens.gather(1, (cumulated <= at).sum(1, keepdim=True).minimum(kept.sum(1, keepdim=True) - 1))
 
 
-def beam_search(model, tokenizer, rows: list[list[int]], max_new_tokens: int, num_beams: int) -> list[list[int]]:
-    """As `decode`, of the best of `num_beams` beams."""
+def beam_search(
+    model, tokenizer, rows: list[list[int]], max_new_tokens: int, num_beams: int, num_return: int = 1
+) -> list[list[int]]:
+    """As `decode`, of the best `num_return` of `num_beams` beams: the first row's, best first, then the next one's."""
     seq2seq = model.config.is_encoder_decoder
     ids, mask = _pad(rows, left=not seq2seq, device=model.device)
     pad, ends = tokenizer.pad_token_id or 0, end_ids(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
+        num_return_sequences=num_return,
         do_sample=False,
         eos_token_id=ends or None,
         pad_token_id=pad,

@@ -121,14 +121,16 @@ def translate(
     top_p: float = 1.0,
     seed: int = 0,
     too_long: str = "error",
+    num_return: int = 1,
     journal: str | Path | None = None,
     progress: str = "",
-) -> list[str]:
+) -> list:
     """The model's output for each prompt, in their order, on every process; special tokens and outer blanks removed.
 
     Greedy; or beam search with `num_beams`; or, with `temperature` > 0, sampled from the most probable tokens that make
     up `top_p`: repeat a prompt to draw several candidates for it, each from its own random stream, the same in any
     batch and after any interruption. Equal prompts are else translated once.
+    With `num_return` > 1 a prompt's output is a list: of its best beams, best first (empty where it is too long).
     `tokens_per_batch` bounds rows x (longest prompt + `max_new_tokens`). A prompt that with `max_new_tokens` exceeds
     the model's positions is an error, or with `too_long="empty"` gives an empty output, counted aloud: none is cut.
     `journal` is a folder; rows in it that were made by this model with these settings are taken from it. It is the
@@ -136,11 +138,14 @@ def translate(
     """
     if num_beams > 1 and temperature > 0:
         raise ValueError(f"num_beams {num_beams} and temperature {temperature} exclude each other")
+    if not 1 <= num_return <= num_beams:
+        raise ValueError(f"num_return {num_return}: of {num_beams} beams, at most so many can be returned")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is over 0 and at most 1, got {top_p}")
     state = process_state()
     say = tqdm.write if state.is_main_process else lambda _: None
     settings = (identity(model), end_ids(model, tokenizer), max_new_tokens, num_beams, temperature, top_p, seed)
+    settings += (num_return,) * (num_return > 1)
 
     # --- the rows to translate: key -> token ids
     keys, rows, seen = [], {}, Counter()
@@ -154,7 +159,7 @@ def translate(
     over = over_limit(model.config, tokenizer, prompts, max_new_tokens)
     if too_long == "error":
         refuse_over_limit(model.config, prompts, over, max_new_tokens)
-    outputs = {keys[row]: "" for row in over}
+    outputs = {keys[row]: "" if num_return == 1 else [] for row in over}
     if outputs:
         say(f"{progress}: {len(outputs)} prompts are over the model's positions; their outputs are empty")
     rows = {key: ids for key, ids in rows.items() if key not in outputs}
@@ -182,13 +187,16 @@ def translate(
         for batch in mine:
             ids = [rows[key][len(prefix) :] for key in batch]
             if num_beams > 1:
-                generated = beam_search(model, tokenizer, ids, max_new_tokens, num_beams)
+                generated = beam_search(model, tokenizer, ids, max_new_tokens, num_beams, num_return)
             else:
                 streams = [random.Random(f"{seed} {key}") for key in batch]
                 sampling = (temperature, top_p, streams)
                 generated = decode(model, tokenizer, ids, cache, len(prefix), max_new_tokens, *sampling)
             texts = tokenizer.batch_decode(generated, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            finished = {key: text.strip() for key, text in zip(batch, texts, strict=True)}
+            texts = [text.strip() for text in texts]
+            if num_return > 1:
+                texts = [texts[start : start + num_return] for start in range(0, len(texts), num_return)]
+            finished = dict(zip(batch, texts, strict=True))
             record(finished)
             made |= finished
             bar.update(len(batch))
