@@ -121,7 +121,7 @@ def run_ours(args, loss: str, folder: Path, triples: list[dict], output_dir: str
     from peft import get_peft_model
 
     from lmolt.models import loading
-    from lmolt.training import batches, losses
+    from lmolt.training import batches
     from lmolt.training.trainer import PreferenceArguments, PreferenceTrainer
 
     tokenizer = loading.load_tokenizer(str(folder))
@@ -138,7 +138,7 @@ def run_ours(args, loss: str, folder: Path, triples: list[dict], output_dir: str
     trainer = PreferenceTrainer(get_peft_model(base, lora()), arguments, examples, [], processing_class=tokenizer)
     trainer._first_batch_checked = True  # once a run; it would count fully in the first of these few steps
     once = 0.0
-    if loss in losses.USES_REFERENCE:
+    if trainer.loss.has_reference:
         started = time.perf_counter()
         trainer._compute_references(examples)
         once = time.perf_counter() - started

@@ -8,13 +8,6 @@ import yaml
 
 from lmolt.prompts import CAP2MOL, MOL2CAP, build_prompt
 
-LOSSES = {
-    "sft": "negative log-likelihood of the preferred outputs (Eq. 4)",
-    "dpo": "direct preference optimisation (Eq. 5)",
-    "cpo": "contrastive preference optimisation with its NLL term (Eqs. 6 and 8)",
-    "kto": "Kahneman-Tversky optimisation (Eqs. 9 to 13)",
-    "kto_pair": "TRL 0.8's kto_pair, the loss that the paper's authors ran as DPO",
-}
 EXAMPLES = {MOL2CAP: "CCO", CAP2MOL: "The molecule is a primary alcohol that is ethane with a hydroxy group."}
 
 
@@ -69,7 +62,7 @@ def write_card(folder: Path, output_dir: Path, run: dict) -> None:
 
     `run` is what `run.json` holds; `output_dir` is where the adapter will be, and where a log of emissions may be.
     """
-    arguments, data = run["arguments"], run["data"]
+    arguments, data, loss = run["arguments"], run["data"], run["loss"]
     name = arguments["hub_model_id"] if arguments["push_to_hub"] else str(output_dir)
     base, revision = arguments["model"], arguments["revision"]
     state = json.loads((folder / "trainer_state.json").read_text())
@@ -78,8 +71,8 @@ def write_card(folder: Path, output_dir: Path, run: dict) -> None:
     rows = {
         "base model": f"`{base}`{f', revision `{revision}`' if revision else ''}" + described_merge(Path(base)),
         "continues": f"`{arguments['adapter']}`" if arguments["adapter"] else "nothing: a fresh adapter",
-        "loss": f"`{arguments['loss']}`: {LOSSES[arguments['loss']]}",
-        "beta, alpha, nll": f"{arguments['beta']}, {arguments['alpha']}, {arguments['nll']}",
+        "loss": f"`{loss['name']}`: {loss['definition']}",
+        **loss["parameters"],
         "reference": run["reference"],
         "triples": f"`{Path(arguments['triples']).name}`, SHA-256 `{data['triples_sha256']}`",
         "trained on": ", ".join(f"{n} {direction}" for direction, n in data["train"].items()),
@@ -94,7 +87,7 @@ def write_card(folder: Path, output_dir: Path, run: dict) -> None:
     if Path(base).exists():
         warning = f"Its base model is a folder, `{base}`, which whoever uses the adapter needs at the same path.\n\n"
     metadata = front_matter(
-        ["lora", "molecules", "smiles", "translation", "preference-optimization", arguments["loss"]],
+        ["lora", "molecules", "smiles", "translation", "preference-optimization", loss["name"]],
         [base],
         library_name="peft",
         pipeline_tag="text-generation",

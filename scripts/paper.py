@@ -26,6 +26,7 @@ import yaml
 from lmolt.files import run_main
 from lmolt.generation.systems import SYSTEMS, read_system
 from lmolt.prompts import CAP2MOL, MOL2CAP
+from lmolt.training.losses import LOSSES
 
 RECIPES = SYSTEMS.parent
 ROWS = {  # systems in the tables' order, as the tables call them
@@ -52,7 +53,12 @@ FUSED = {"ties": "recipes/merge/ties_19_1.yaml", "slerp": "recipes/merge/slerp_1
 # Of 7B training, by arithmetic and not measured: 12,700 triples of 370 tokens, three epochs, 4 FLOP a parameter and
 # token (the base is frozen) at 1e14 FLOP/s, an A100; DPO's reference is one forward pass more, KTO's z a third output.
 # GB: NF4 weights 4, adapter with its optimizer 3, activations of 1,024 tokens 8.
-TRAIN_HOURS, TRAIN_MEMORY = {"sft": 0.9, "cpo": 1.1, "dpo": 1.3, "kto_pair": 1.3, "kto": 1.6}, 15
+TRAIN_MEMORY = 15
+
+
+def train_hours(loss: str) -> float:
+    reads = LOSSES[loss].reads
+    return 0.9 + 0.2 * ("rejected" in reads) + 0.2 * LOSSES[loss].has_reference + 0.3 * ("z" in reads)
 
 
 class Stage(NamedTuple):
@@ -146,7 +152,7 @@ def plan(name: str, only: list[str] | None = None, trust_remote_code: bool = Fal
             if scale.train:
                 command += [*scale.train, "--model", system.models[CAP2MOL], "--output_dir", system.adapters[CAP2MOL]]
             needs = ["triples", *(method for method in FUSED if row.startswith(method))]
-            memory, hours = (TRAIN_MEMORY, TRAIN_HOURS[loss]) if full else (0, 0.01)
+            memory, hours = (TRAIN_MEMORY, train_hours(loss)) if full else (0, 0.01)
             leaves = f"{folder}/{row}/adapter_model.safetensors"
             stages.append(Stage(row, leaves, command, needs, memory, hours))
             needs = [row]

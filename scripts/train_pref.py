@@ -34,8 +34,9 @@ from lmolt.distributed.preemption import StopWhenAsked
 from lmolt.files import run_main
 from lmolt.models import loading
 from lmolt.recipes import apply_recipe
-from lmolt.training import batches, checkpoints, losses, reference
+from lmolt.training import batches, checkpoints, reference
 from lmolt.training.arguments import PreferenceArguments
+from lmolt.training.losses import LOSSES, PARAMETERS
 from lmolt.training.trainer import PreferenceTrainer
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
@@ -97,7 +98,7 @@ def read_examples(args: PreferenceArguments, tokenizer) -> tuple[list, list, Cou
     if held_out:
         held_out, more = encode(held_out)
         dropped += more
-    if args.loss == "kto":
+    if "z" in LOSSES[args.loss].reads:
         batches.assign_mismatches(train + held_out, args.seed)
     return train, held_out, dropped
 
@@ -158,7 +159,7 @@ def main(argv: list[str]) -> None:
 
     # --- reference
     reference_name = "none (the loss has no reference)"
-    if args.loss in losses.USES_REFERENCE:
+    if trainer.loss.has_reference:
         reference_name = f"adapter {args.adapter}, frozen" if args.adapter else f"base model {args.model}, adapter off"
         identity = {
             "base": reference.weights_identity(args.model, "config.json", args.revision),
@@ -181,7 +182,8 @@ def main(argv: list[str]) -> None:
     data = {"train": count(train), "evaluation": count(held_out), "dropped": dict(dropped)}
     trainer.save_finished(
         {
-            "arguments": {k: v for k, v in args.to_dict().items() if not k.endswith("_token")},
+            "arguments": {k: v for k, v in args.to_dict().items() if not k.endswith("_token") and k not in PARAMETERS},
+            "loss": {"name": args.loss, "definition": trainer.loss.definition, "parameters": args.loss_parameters},
             "reference": reference_name,
             "strategy": trainer.strategy,
             "world_size": args.world_size,

@@ -80,3 +80,26 @@ def test_shares_of_a_split_batch_add_up():
 
 def test_at_the_reference_dpo_is_log_two():
     assert losses.dpo(*tensors(W, L, W, L)).item() == pytest.approx(math.log(2))
+
+
+def test_what_each_loss_reads_and_its_own_parameters():
+    reads = {name: (loss.reads - {"num_pairs", "num_tokens"}, loss.parameters) for name, loss in losses.LOSSES.items()}
+    both, references = {"chosen", "rejected"}, {"ref_chosen", "ref_rejected"}
+    assert reads == {
+        "sft": ({"chosen", "chosen_tokens"}, {}),
+        "dpo": (both | references, {"beta": 0.1}),
+        "cpo": (both | {"chosen_tokens"}, {"beta": 0.1, "alpha": 1.0, "nll": "token"}),
+        "kto": (both | references | {"z"}, {"beta": 0.1, "lambda_p": 1.0, "lambda_d": 1.0}),
+        "kto_pair": (both | references, {"beta": 0.1}),
+    }
+    assert [name for name, loss in losses.LOSSES.items() if loss.has_reference] == ["dpo", "kto", "kto_pair"]
+    for loss in losses.LOSSES.values():
+        assert loss.parameters.keys() <= losses.PARAMETERS.keys()
+
+
+def test_a_loss_takes_what_it_reads_from_all_that_is_given():
+    w, l, rw, rl, tokens = tensors(W, L, REF_W, REF_L, TOKENS)
+    given = {"chosen": w, "rejected": l, "ref_chosen": rw, "ref_rejected": rl, "chosen_tokens": tokens}
+    given |= {"rejected_tokens": tokens, "z": torch.tensor(0.4), "num_pairs": 6, "num_tokens": 60}
+    assert losses.LOSSES["dpo"](given, {"beta": 0.3}) == losses.dpo(w, l, rw, rl, beta=0.3) / 2
+    assert losses.LOSSES["sft"](given, {}).item() == pytest.approx(55.75 / 60, rel=1e-12)

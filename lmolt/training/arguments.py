@@ -1,19 +1,42 @@
 """The arguments of training: those of transformers, with the paper's values as defaults, and ours."""
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_npu_available, is_torch_xpu_available
 
-from lmolt.training import losses
+from lmolt.training.losses import LOSSES, PARAMETERS
+
+
+def _help(name: str) -> str:
+    """Of a parameter's flag: which losses have it, and their defaults."""
+    defaults = {loss: entry.parameters[name] for loss, entry in LOSSES.items() if name in entry.parameters}
+    same = len(set(defaults.values())) == 1
+    of = ", ".join(loss if same else f"{loss} ({default})" for loss, default in defaults.items())
+    return f"{PARAMETERS[name].help}, of {of}" + (f"; default {next(iter(defaults.values()))}" if same else "")
+
+
+# a flag for each parameter of a loss; None where it isn't given, or isn't this loss's
+_Parameters = dataclasses.make_dataclass(
+    "_Parameters",
+    [
+        (name, parameter.kind | None, field(default=None, metadata={"help": _help(name)}))
+        for name, parameter in PARAMETERS.items()
+    ],
+    bases=(TrainingArguments,),
+)
 
 
 @dataclass
-class PreferenceArguments(TrainingArguments):
+class PreferenceArguments(_Parameters):
     """Every flag of transformers.TrainingArguments, with the paper's values (its appendix) as defaults, and ours."""
 
-    loss: str = field(default="cpo", metadata={"help": "sft, dpo, cpo, kto, or kto_pair (the authors' own 'DPO' run)"})
+    loss: str = field(
+        default="cpo", metadata={"help": "; ".join(f"{name}: {loss.definition}" for name, loss in LOSSES.items())}
+    )
     model: str | None = field(default=None, metadata={"help": "causal LM to align: folder or Hub id"})
     revision: str | None = field(default=None, metadata={"help": "revision of --model on the Hub"})
     adapter: str | None = field(default=None, metadata={"help": "continue this LoRA adapter; it is then the reference"})
@@ -22,12 +45,6 @@ class PreferenceArguments(TrainingArguments):
     eval_fraction: float = field(default=0.05, metadata={"help": "share of sources held out when no --eval_triples"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "discard what --output_dir holds"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with --model"})
-
-    beta: float = field(default=0.1, metadata={"help": "temperature of dpo, cpo, kto"})
-    alpha: float = field(default=1.0, metadata={"help": "weight of CPO's NLL term (Eq. 8)"})
-    nll: str = field(default="token", metadata={"help": "CPO's NLL: mean over tokens, or over sequences (Eq. 8)"})
-    lambda_p: float = field(default=1.0, metadata={"help": "KTO's weight of desirable outputs"})
-    lambda_d: float = field(default=1.0, metadata={"help": "KTO's weight of undesirable outputs"})
 
     load_in_4bit: bool = field(default=True, metadata={"help": "NF4 with double quantisation (QLoRA)"})
     lora_r: int = field(default=64, metadata={"help": "rank of the adapter"})
@@ -73,8 +90,7 @@ class PreferenceArguments(TrainingArguments):
 
     def __post_init__(self):
         for name, allowed in {
-            "loss": losses.LOSSES,
-            "nll": ("token", "sequence"),
+            "loss": LOSSES,
             "packing": ("tree", "padded"),
             "max_length_policy": ("error", "drop"),
             "hub_strategy": ("end",),
@@ -87,8 +103,7 @@ class PreferenceArguments(TrainingArguments):
         ):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} is {value}; it is 1 or more")
-        if self.beta <= 0:
-            raise ValueError(f"--beta is {self.beta:g}; it is more than 0")
+        self._fill_parameters()
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"--eval_fraction is {self.eval_fraction:g}; it is 0 or more, and less than 1")
         if self.hub_token is not None:
@@ -103,3 +118,22 @@ class PreferenceArguments(TrainingArguments):
         super().__post_init__()
         self._n_gpu = min(self.n_gpu, 1)  # else Trainer cuts batches for all GPUs that one process sees (DataParallel)
         self.label_names = []  # the loss is computed from trees, not from labels
+
+    def _fill_parameters(self) -> None:
+        """The loss's own parameters get its defaults; another's, or a value without sense, is a `ValueError`."""
+        own = LOSSES[self.loss].parameters
+        for name, parameter in PARAMETERS.items():
+            value = getattr(self, name)
+            if value is None:
+                setattr(self, name, own.get(name))
+                continue
+            if name not in own:
+                having = ", ".join(loss for loss, entry in LOSSES.items() if name in entry.parameters)
+                raise ValueError(f"--{name} has no effect with --loss {self.loss}, it is of {having}; leave it out")
+            if (parameter.kind is float and not math.isfinite(value)) or not parameter.valid(value):
+                raise ValueError(f"--{name} is {value!r}; {parameter.values}")
+
+    @property
+    def loss_parameters(self) -> dict:
+        """The loss's own parameters, as they are in this run."""
+        return {name: getattr(self, name) for name in LOSSES[self.loss].parameters}

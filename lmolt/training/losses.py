@@ -8,13 +8,72 @@ under the frozen reference.
 Each function returns the sum of its examples' losses over a *global* count: `num_pairs` triples or `num_tokens`
 preferred tokens of the whole optimizer step, all ranks and accumulation steps. So the losses of micro-batches add up
 to the loss of the batch, however it is split. A count left out is the batch's own.
+
+A new loss is its function and one entry of `LOSSES`, at the end of this file; a new parameter is one entry of
+`PARAMETERS`, and is then a flag. What a function is given follows from the names of its arguments (`GIVEN`).
 """
+
+import inspect
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import logsigmoid
 
-LOSSES = ("sft", "dpo", "cpo", "kto", "kto_pair")
-USES_REFERENCE = ("dpo", "kto", "kto_pair")
+# What the trainer gives to a loss that has an argument of that name: (B,) log-probabilities, numbers of tokens and
+# log-probabilities under the reference; `z`, KTO's constant; the counts of the whole optimizer step.
+GIVEN = ("chosen", "rejected", "chosen_tokens", "rejected_tokens", "ref_chosen", "ref_rejected", "z")
+GIVEN += ("num_pairs", "num_tokens")
+
+
+class Parameter(NamedTuple):
+    """A parameter of one or more losses: its flag's type and help, and which values have sense, in words too."""
+
+    kind: type
+    help: str
+    valid: Callable[[Any], bool]
+    values: str
+
+
+PARAMETERS = {
+    "beta": Parameter(float, "temperature", lambda v: v > 0, "it is more than 0"),
+    "alpha": Parameter(float, "weight of the NLL term (Eq. 8)", lambda v: v >= 0, "it is 0 or more"),
+    "nll": Parameter(
+        str, "NLL as mean over tokens, or over sequences", ("token", "sequence").__contains__, "use token or sequence"
+    ),
+    "lambda_p": Parameter(float, "weight of desirable outputs", lambda v: v >= 0, "it is 0 or more"),
+    "lambda_d": Parameter(float, "weight of undesirable outputs", lambda v: v >= 0, "it is 0 or more"),
+}
+
+
+class Loss:
+    """A loss as all of LMolT knows it: `function`, what it reads, its own parameters, its definition for a card.
+
+    `rewards_per_token`: the rewards that are logged are means over an output's tokens, as such a loss sees them.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor], definition: str, *, rewards_per_token: bool = False):
+        self.function, self.definition, self.rewards_per_token = function, definition, rewards_per_token
+
+    @cached_property
+    def reads(self) -> set[str]:
+        """Which of `GIVEN` the function asks for."""
+        return set(GIVEN) & set(inspect.signature(self.function).parameters)
+
+    @cached_property
+    def parameters(self) -> dict[str, Any]:
+        """The loss's own parameters with their defaults, in the function's order."""
+        names = inspect.signature(self.function).parameters
+        return {name: parameter.default for name, parameter in names.items() if name not in GIVEN}
+
+    @property
+    def has_reference(self) -> bool:
+        return "ref_chosen" in self.reads
+
+    def __call__(self, given: dict[str, torch.Tensor], parameters: dict[str, Any]) -> torch.Tensor:
+        """The loss (a scalar) of what the function asks for; `given` may hold more, `parameters` may not."""
+        return self.function(**{name: given[name] for name in self.reads}, **parameters)
 
 
 def sft(chosen, chosen_tokens, *, num_tokens=None):
@@ -75,3 +134,12 @@ def kto_pair(chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1, num_pairs=
         ]
     )
     return losses.sum() / (2 * (len(chosen) if num_pairs is None else num_pairs))
+
+
+LOSSES = {
+    "sft": Loss(sft, "negative log-likelihood of the preferred outputs (Eq. 4)"),
+    "dpo": Loss(dpo, "direct preference optimisation (Eq. 5)"),
+    "cpo": Loss(cpo, "contrastive preference optimisation with its NLL term (Eqs. 6 and 8)"),
+    "kto": Loss(kto, "Kahneman-Tversky optimisation (Eqs. 9 to 13)"),
+    "kto_pair": Loss(kto_pair, "TRL 0.8's kto_pair, the loss that the paper's authors ran as DPO"),
+}

@@ -12,6 +12,7 @@ import torch
 from transformers import ProgressCallback
 
 from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP, build_prompt
+from lmolt.training.losses import LOSSES
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,10 @@ class Statistics:
     """
 
     def __init__(self, args):
-        self.beta, self.with_rejected, self.device = args.beta, args.loss != "sft", args.device
+        loss = LOSSES[args.loss]
+        self.beta = args.loss_parameters.get("beta", 1.0)
+        self.with_rejected, self.per_token = "rejected" in loss.reads, loss.rewards_per_token
+        self.device = args.device
         self.sums = self.zeros()
         self.first: dict[str, float] = {}
         self.warned: set[str] = set()
@@ -35,22 +39,25 @@ class Statistics:
     def zeros(self) -> torch.Tensor:
         return torch.zeros(len(DIRECTIONS), len(COLUMNS), dtype=torch.float64, device=self.device)
 
-    def of(self, examples, chosen, rejected, ref_chosen, ref_rejected) -> torch.Tensor:
-        """Sums of one micro-batch; log-probabilities are (B,), the references (B,) or None."""
+    def of(self, examples, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Sums of one micro-batch; `given` is what the loss got: (B,) log-probabilities, tokens, references."""
         sums = self.zeros()
         direction = torch.tensor([DIRECTIONS.index(e.direction) for e in examples], device=self.device)
         values = torch.zeros(len(examples), len(COLUMNS), dtype=torch.float64, device=self.device)
         values[:, 0] = 1
-        values[:, 4] = chosen
-        values[:, 5] = torch.tensor([len(e.chosen) for e in examples], device=self.device)
+        values[:, 4] = given["chosen"].detach()
+        values[:, 5] = given["chosen_tokens"]
         if self.with_rejected:
-            reward_chosen = self.beta * (chosen - (0 if ref_chosen is None else ref_chosen))
-            reward_rejected = self.beta * (rejected - (0 if ref_rejected is None else ref_rejected))
+            reward_chosen, reward_rejected = (self._reward(given, side) for side in ("chosen", "rejected"))
             values[:, 1], values[:, 2] = reward_chosen, reward_rejected
             values[:, 3] = reward_chosen > reward_rejected
-            values[:, 6] = rejected
-            values[:, 7] = torch.tensor([len(e.rejected) for e in examples], device=self.device)
+            values[:, 6] = given["rejected"].detach()
+            values[:, 7] = given["rejected_tokens"]
         return sums.index_add(0, direction, values)
+
+    def _reward(self, given, side: str) -> torch.Tensor:
+        reward = self.beta * (given[side].detach() - given.get(f"ref_{side}", 0))
+        return reward / given[f"{side}_tokens"] if self.per_token else reward
 
     def add(self, sums: torch.Tensor) -> None:
         self.sums += sums

@@ -19,7 +19,7 @@ from lmolt.files import cache_folder
 from lmolt.models.attention import TREE
 from lmolt.models.loading import check_saved_adapter
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
-from lmolt.training import checkpoints, losses, reference
+from lmolt.training import checkpoints, reference
 from lmolt.training.arguments import PreferenceArguments
 from lmolt.training.batches import (
     Example,
@@ -30,6 +30,7 @@ from lmolt.training.batches import (
     micro_batches_for,
     tree_costs,
 )
+from lmolt.training.losses import LOSSES, kto_z
 from lmolt.training.monitor import Efficiency, OneLine, Statistics, plot_run, translation_scores
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class PreferenceTrainer(Trainer):
         if args.packing == "tree" and model.config._attn_implementation not in (TREE, "sdpa"):
             logger.warning("%s takes no tree mask: rows are padded, with the same numbers", model.config.model_type)
             args.packing = "padded"
+        self.loss = LOSSES[args.loss]
         self.costs = tree_costs(train)
         self.seed = args.seed if args.data_seed is None else args.data_seed
         self.pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -114,11 +116,11 @@ class PreferenceTrainer(Trainer):
         """Counts over the whole step and all ranks, and KTO's z (Eq. 11) over the same."""
         live = [example for batch in batches if batch.live for example in batch.examples]
         counts = [len(live), sum(len(example.chosen) for example in live), 0.0]
-        if self.args.loss == "kto":
+        if "z" in self.loss.reads:
             counts[2] = self._mismatched_log_ratio(batches)
         counts = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
         num_pairs, num_tokens, log_ratio = self.accelerator.reduce(counts, "sum")
-        return {"num_pairs": num_pairs, "num_tokens": num_tokens, "z": losses.kto_z(log_ratio, num_pairs)}
+        return {"num_pairs": num_pairs, "num_tokens": num_tokens, "z": kto_z(log_ratio, num_pairs)}
 
     @torch.no_grad()
     def _mismatched_log_ratio(self, batches: list[MicroBatch]) -> float:
@@ -150,36 +152,21 @@ class PreferenceTrainer(Trainer):
 
     def _forward(self, model, batch: MicroBatch, num_pairs, num_tokens, z) -> tuple[torch.Tensor, torch.Tensor]:
         """This micro-batch's share of the loss, and its statistics (directions, STATISTICS)."""
-        args, examples, n = self.args, batch.examples, len(batch.examples)
+        examples, n = batch.examples, len(batch.examples)
         sequences = [(e.prompt, e.chosen) for e in examples]
-        if args.loss != "sft":
+        if "rejected" in self.loss.reads:
             sequences += [(e.prompt, e.rejected) for e in examples]
         logps = self._logps(model, sequences)
         if not batch.live:
             return 0.0 * logps.sum(), self.statistics.zeros()
-        chosen, rejected = logps[:n], logps[n:]
-        tokens = torch.tensor([len(e.chosen) for e in examples], device=logps.device)
-        references = (None, None)
-        if args.loss in losses.USES_REFERENCE:
-            references = self._reference(batch, 0), self._reference(batch, 1)
-        match args.loss:
-            case "sft":
-                loss = losses.sft(chosen, tokens, num_tokens=num_tokens)
-            case "cpo":
-                loss = losses.cpo(
-                    chosen, rejected, tokens, beta=args.beta, alpha=args.alpha, nll=args.nll,
-                    num_pairs=num_pairs, num_tokens=num_tokens,
-                )  # fmt: skip
-            case "dpo":
-                loss = losses.dpo(chosen, rejected, *references, beta=args.beta, num_pairs=num_pairs)
-            case "kto_pair":
-                loss = losses.kto_pair(chosen, rejected, *references, beta=args.beta, num_pairs=num_pairs)
-            case "kto":
-                loss = losses.kto(
-                    chosen, rejected, *references, z,
-                    beta=args.beta, lambda_p=args.lambda_p, lambda_d=args.lambda_d, num_pairs=num_pairs,
-                )  # fmt: skip
-        return loss.float(), self.statistics.of(examples, chosen.detach(), rejected.detach(), *references)
+        tokens = torch.tensor([len(output) for _, output in sequences], device=logps.device)
+        given = {"chosen": logps[:n], "chosen_tokens": tokens[:n], "z": z}
+        given |= {"rejected": logps[n:], "rejected_tokens": tokens[n:]}
+        given |= {"num_pairs": num_pairs, "num_tokens": num_tokens}
+        if self.loss.has_reference:
+            given |= {"ref_chosen": self._reference(batch, 0), "ref_rejected": self._reference(batch, 1)}
+        loss = self.loss(given, self.args.loss_parameters)
+        return loss.float(), self.statistics.of(examples, given)
 
     def compute_loss(self, model, inputs: MicroBatch, return_outputs=False, num_items_in_batch=None):
         self._check_first_batch(model, inputs)
@@ -215,7 +202,7 @@ class PreferenceTrainer(Trainer):
                 "mask. Use --packing padded"
             )
         logger.info("tree and padded rows agree on the first triple: %.1e a token", difference)
-        if self.args.loss in losses.USES_REFERENCE and self.state.global_step == 0:
+        if self.loss.has_reference and self.state.global_step == 0:
             difference = per_token(torch.tensor(example.reference[:2], dtype=torch.float64, device=padded.device))
             if not difference <= allowed:
                 raise ValueError(
