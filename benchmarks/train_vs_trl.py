@@ -121,7 +121,7 @@ def run_ours(args, loss: str, folder: Path, triples: list[dict], output_dir: str
     from peft import get_peft_model
 
     from lmolt.models import loading
-    from lmolt.training import batches
+    from lmolt.training import batches, reference
     from lmolt.training.trainer import PreferenceArguments, PreferenceTrainer
 
     tokenizer = loading.load_tokenizer(str(folder))
@@ -140,7 +140,7 @@ def run_ours(args, loss: str, folder: Path, triples: list[dict], output_dir: str
     once = 0.0
     if trainer.loss.has_reference:
         started = time.perf_counter()
-        trainer._compute_references(examples)
+        reference.compute(trainer, examples)
         once = time.perf_counter() - started
         trainer.set_references({"benchmark": f"{time.time()}"})
     result = time_steps(trainer, args)
@@ -225,7 +225,7 @@ def run_trl(args, loss: str, folder: Path, triples: list[dict], output_dir: str,
 def time_steps(trainer, args) -> dict:
     from transformers import TrainerCallback
 
-    from lmolt.training.monitor import peak_memory_bytes
+    from lmolt.training.efficiency import peak_memory_bytes
 
     moments = []
 

@@ -30,13 +30,14 @@ from transformers.utils import logging as hf_logging
 from lmolt import hub
 from lmolt.data.triples import read_triples
 from lmolt.distributed import strategy
-from lmolt.distributed.preemption import StopWhenAsked
+from lmolt.distributed.preemption import PreemptionCallback
 from lmolt.files import run_main
 from lmolt.models import loading
 from lmolt.recipes import apply_recipe
 from lmolt.training import batches, checkpoints, reference
 from lmolt.training.arguments import PreferenceArguments
 from lmolt.training.losses import LOSSES, PARAMETERS
+from lmolt.training.saving import save_finished
 from lmolt.training.trainer import PreferenceTrainer
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
@@ -155,7 +156,7 @@ def main(argv: list[str]) -> None:
         revision=args.revision,
     )
     trainer = PreferenceTrainer(policy, args, train, held_out, processing_class=tokenizer)
-    trainer.add_callback(StopWhenAsked())
+    trainer.add_callback(PreemptionCallback())
 
     # --- reference
     reference_name = "none (the loss has no reference)"
@@ -180,7 +181,8 @@ def main(argv: list[str]) -> None:
 
     # --- save
     data = {"train": count(train), "evaluation": count(held_out), "dropped": dict(dropped)}
-    trainer.save_finished(
+    save_finished(
+        trainer,
         {
             "arguments": {k: v for k, v in args.to_dict().items() if not k.endswith("_token") and k not in PARAMETERS},
             "loss": {"name": args.loss, "definition": trainer.loss.definition, "parameters": args.loss_parameters},
@@ -190,7 +192,7 @@ def main(argv: list[str]) -> None:
             "data": {"triples_sha256": reference.sha256_file(Path(args.triples))} | data,
             "versions": {name: version(name) for name in PACKAGES},
             "licence": licence,
-        }
+        },
     )
     say(f"wrote {args.output_dir}: the adapter, its card, run.json, efficiency.json, trainer_state.json, training.png")
     if share:

@@ -19,7 +19,7 @@ from lmolt.distributed.strategy import leave_group
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class StopWhenAsked(TrainerCallback):
+class PreemptionCallback(TrainerCallback):
     def __init__(self):
         self.asked = self.agreed = False
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save
+from tqdm import tqdm
 
 from lmolt.files import cache_folder, sha256_file, write_whole
-from lmolt.training.batches import Example
+from lmolt.training.batches import Example, tree_costs
 
 
 def weights_identity(name: str, config: str, revision: str | None = None) -> str:
@@ -49,3 +50,26 @@ def read_cache(key: str) -> torch.Tensor | None:
 def write_cache(key: str, logps: torch.Tensor) -> None:
     path = cache_folder() / "reference" / f"{key}.safetensors"
     write_whole(path, save({"logps": logps.contiguous()}))
+
+
+@torch.no_grad()
+def compute(trainer, examples: list[Example]) -> torch.Tensor:
+    """(num_examples, 3) log-probabilities under the trainer's model as it stands; all processes share the work."""
+    if not trainer.args.load_in_4bit:
+        trainer.model.to(trainer.args.device)  # where DeepSpeed and FSDP would bring it later
+    trainer.model.eval()
+    per_pass = trainer.args.eval_batch_size * trainer.args.world_size
+    sampler = trainer._sampler(tree_costs(examples), per_pass, shuffle=False)
+    logps = torch.zeros(len(examples), 3, dtype=torch.float64, device=trainer.args.device)
+    for drawn in tqdm(sampler, desc="reference log-probabilities", disable=not trainer.is_world_process_zero()):
+        rows = [index for index, _ in drawn]
+        outputs = [(i, c, ids) for i in rows for c, ids in enumerate(_outputs(examples[i])) if ids]
+        with trainer.accelerator.autocast():
+            scored = trainer._logps(trainer.model, [(examples[i].prompt, ids) for i, _, ids in outputs])
+        if drawn[0][1]:
+            logps[[i for i, _, _ in outputs], [c for _, c, _ in outputs]] = scored
+    return trainer.accelerator.reduce(logps, "sum").cpu()
+
+
+def _outputs(example: Example) -> tuple[list[int], list[int], list[int]]:
+    return example.chosen, example.rejected, example.mismatched

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -13,11 +12,9 @@ from transformers import ProgressCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from lmolt.card import write_card
 from lmolt.distributed import strategy
 from lmolt.files import cache_folder
 from lmolt.models.attention import TREE
-from lmolt.models.loading import check_saved_adapter
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
 from lmolt.training import checkpoints, reference
 from lmolt.training.arguments import PreferenceArguments
@@ -30,8 +27,10 @@ from lmolt.training.batches import (
     micro_batches_for,
     tree_costs,
 )
+from lmolt.training.callbacks import OneLineProgress
+from lmolt.training.efficiency import Efficiency
 from lmolt.training.losses import LOSSES, kto_z
-from lmolt.training.monitor import Efficiency, OneLine, Statistics, plot_run, translation_scores
+from lmolt.training.statistics import Statistics, translation_scores
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ class PreferenceTrainer(Trainer):
         )
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
-            self.add_callback(OneLine)
+            self.add_callback(OneLineProgress)
         self.strategy = strategy.strategy_of(self.accelerator) | {"triples_per_step": self.pairs_per_step}
         if self.strategy["name"] == "FSDP":
             strategy.keep_outputs_exact(self.accelerator.state.fsdp_plugin)
@@ -275,27 +274,6 @@ class PreferenceTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
 
-    def save_finished(self, run: dict) -> None:
-        """Write the adapter and all that belongs to it; `adapter_model.safetensors` appears last, by rename.
-
-        All processes call it; the first returns, and the others end in it (`strategy.leave_group`).
-        """
-        output_dir = Path(self.args.output_dir)
-        staging = output_dir / "unfinished"
-        self.save_model(str(staging), _internal_call=True)  # else Trainer uploads at once, with a card of its own
-        efficiency = self.efficiency.summary(self.accelerator, self.state.total_flos)
-        strategy.leave_group()  # the first process goes on alone
-        check_saved_adapter(staging, self.model)
-        (staging / "run.json").write_text(json.dumps(run, indent=1))
-        self.state.save_to_json(str(staging / "trainer_state.json"))
-        (staging / "efficiency.json").write_text(json.dumps(efficiency, indent=1))
-        plot_run(self.state.log_history, staging / "training.png")
-        write_card(staging, output_dir, run)
-        for file in sorted(staging.iterdir(), key=lambda file: file.name == "adapter_model.safetensors"):
-            file.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
-            file.replace(output_dir / file.name)
-        staging.rmdir()
-
     # --- the reference
 
     def set_references(self, identity: dict) -> str:
@@ -304,36 +282,9 @@ class PreferenceTrainer(Trainer):
         key = reference.cache_key(identity, examples)
         logps, outcome = reference.read_cache(key), "cached"
         if logps is None:
-            logps, outcome = self._compute_references(examples), "computed"
+            logps, outcome = reference.compute(self, examples), "computed"
             if self.is_world_process_zero():
                 reference.write_cache(key, logps)
         for example, row in zip(examples, logps.tolist(), strict=True):
             example.reference = tuple(row)
         return outcome
-
-    @torch.no_grad()
-    def _compute_references(self, examples: list[Example]) -> torch.Tensor:
-        if not self.args.load_in_4bit:
-            self.model.to(self.args.device)  # where DeepSpeed and FSDP would bring it later
-        self.model.eval()
-        per_pass = self.args.eval_batch_size * self.args.world_size
-        sampler = self._sampler(tree_costs(examples), per_pass, shuffle=False)
-        logps = torch.zeros(len(examples), 3, dtype=torch.float64, device=self.args.device)
-        for drawn in tqdm(sampler, desc="reference log-probabilities", disable=not self.is_world_process_zero()):
-            rows = [index for index, _ in drawn]
-            outputs = [(i, c, ids) for i in rows for c, ids in enumerate(_outputs(examples[i])) if ids]
-            with self.accelerator.autocast():
-                scored = self._logps(self.model, [(examples[i].prompt, ids) for i, _, ids in outputs])
-            if drawn[0][1]:
-                logps[[i for i, _, _ in outputs], [c for _, c, _ in outputs]] = scored
-        return self.accelerator.reduce(logps, "sum").cpu()
-
-
-def _outputs(example: Example) -> tuple[list[int], list[int], list[int]]:
-    return example.chosen, example.rejected, example.mismatched
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # there is no way to read it but to set it
-    os.umask(mask)
-    return mask
