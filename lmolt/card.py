@@ -163,7 +163,12 @@ def model_index(name: str, record: dict, url: str) -> list[dict]:
         dataset = {"name": pairs.name, "config": direction, "split": arguments.get("split") or "test"}
         dataset["type"] = "molecule-captions" if pairs.exists() else str(pairs)
         metrics = [
-            {"type": key, "value": entry["value"], "name": key, "args": {"convention": entry["convention"]}}
+            {
+                "type": key,
+                "value": entry["value"],
+                "name": entry.get("label", key),
+                "args": {"convention": entry["convention"]},
+            }
             for key, entry in part["metrics"].items()
             if "value" in entry and "/" not in key  # METRIC/CATEGORY are in the record
         ]

@@ -155,8 +155,24 @@ def test_meteor_and_wordnet_equal_nltk():
     words = lambda text: text.replace(".", " .").split()
     pieces, names = caption.word_pieces([*REFERENCES, *PREDICTIONS], words)
     found = meteor(ngrams.flatten(pieces[:4]), ngrams.flatten(pieces[4:]), names, ours)
-    expected = [meteor_score([words(r)], words(p)) for r, p in zip(REFERENCES, PREDICTIONS, strict=True)]
-    assert found == pytest.approx(expected, abs=1e-12)
+    pairs = [(words(r), words(p)) for r, p in zip(REFERENCES, PREDICTIONS, strict=True)]
+    assert found["meteor"] == pytest.approx([meteor_score([r], p) for r, p in pairs], abs=1e-12)
+
+
+def test_meteor_of_stems_is_nltks_with_a_wordnet_that_knows_no_word():
+    from nltk.translate.meteor_score import meteor_score
+
+    class Empty:
+        def synsets(self, word):
+            return []
+
+    words = lambda text: text.replace(".", " .").split()
+    pieces, names = caption.word_pieces([*REFERENCES, *PREDICTIONS], words)
+    found = meteor(ngrams.flatten(pieces[:4]), ngrams.flatten(pieces[4:]), names)
+    pairs = [(words(r), words(p)) for r, p in zip(REFERENCES, PREDICTIONS, strict=True)]
+    assert list(found) == ["meteor_stem"]
+    expected = [meteor_score([r], p, wordnet=Empty()) for r, p in pairs]
+    assert found["meteor_stem"] == pytest.approx(expected, abs=1e-12) and min(expected[:3]) > 0.2
 
 
 @needs_shared

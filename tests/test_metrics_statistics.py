@@ -1,11 +1,13 @@
 """Bootstrap, paired test and Holm's correction against plain loops and textbook values."""
 
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lmolt.metrics import caption, grounding, ngrams, score, statistics
+from lmolt.metrics import METRICS, caption, grounding, ngrams, score, statistics
 
 
 def test_bootstrap_equals_a_plain_loop_over_resampled_examples():
@@ -123,3 +125,18 @@ def test_the_interval_of_grounding_covers_zero_for_outputs_of_other_molecules():
         low, high = statistics.interval(statistics.bootstrap({"m": statistics.mean(own)}, 200, trial)["m"])
         covered += low <= 0 <= high
     assert 0.88 < covered / 200 < 0.99
+
+
+def test_each_metric_is_declared_once_documented_and_formats_its_convention():
+    document = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    settings = ("pieces", "nli_model", "rdkit", "n_shuffles", "seed", "chrf_threshold", "delta_threshold")
+    for metrics in METRICS.values():
+        keys = [metric.key for metric in metrics]
+        assert len(set(keys)) == len(keys)
+        for metric in metrics:
+            metric.convention.format(**dict.fromkeys(settings, "x"))
+            pattern = re.sub(r"_(precision|recall|f1|accuracy)(_empty0)?$", "_", metric.key)
+            assert f"`{metric.key}`" in document or (pattern != metric.key and pattern in document), metric.key
+    papers = {direction: [m.label for m in metrics if m.paper] for direction, metrics in METRICS.items()}
+    assert papers["mol2cap"][:6] == ["BLEU-2", "BLEU-4", "ROUGE-1", "ROUGE-2", "ROUGE-L", "METEOR"]
+    assert [m.key for m in METRICS["cap2mol"] if m.label == "FCD"] == ["fcd_1_1"]

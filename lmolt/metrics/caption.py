@@ -7,9 +7,17 @@ from pathlib import Path
 import numpy as np
 
 from lmolt.metrics import ngrams
+from lmolt.metrics.metric import NOT_COMPARABLE, Metric
 
 MAX_PIECES = 512  # the reference scripts truncate there, without special tokens
 _SPECIAL = ("[PAD]", "[CLS]", "[SEP]")  # and then drop these where they occur in the text itself
+
+
+def tokenizer_name(tokenizer) -> str:
+    """The word pieces of `tokenize`, as conventions name them."""
+    if tokenizer is None:
+        return f"plain words and punctuation marks: {NOT_COMPARABLE}, which need SciBERT's"
+    return getattr(tokenizer, "__name__", "a callable") if callable(tokenizer) else f"word pieces of {tokenizer}"
 
 
 def word_pieces(
@@ -133,3 +141,31 @@ def _as_text(sequences: list[list[int]]) -> list:
     if max((max(s) for s in sequences if s), default=0) >= 0x10FFFF:
         return sequences
     return ["".join(map(chr, s)) for s in sequences]
+
+
+_STATISTICS = tuple(f"stat_bleu_{column}" for column in BLEU_COLUMNS)
+_BLEU = "NLTK corpus BLEU, weights 1/{order} each, no smoothing; {{pieces}}, first {max_pieces}"
+_ROUGE = "rouge-score F1, lower-cased words, no stemming"
+METRICS = (
+    Metric(
+        key="bleu2",
+        label="BLEU-2",
+        better=1,
+        convention=_BLEU.format(order=2, max_pieces=MAX_PIECES),
+        paper=True,
+        columns=_STATISTICS,
+        value=lambda sums: bleu_of_sums(sums, 2),
+    ),
+    Metric(
+        key="bleu4",
+        label="BLEU-4",
+        better=1,
+        convention=_BLEU.format(order=4, max_pieces=MAX_PIECES),
+        paper=True,
+        columns=_STATISTICS,
+        value=bleu_of_sums,
+    ),
+    Metric(key="rouge1", label="ROUGE-1", better=1, convention=_ROUGE, paper=True),
+    Metric(key="rouge2", label="ROUGE-2", better=1, convention=_ROUGE, paper=True),
+    Metric(key="rougeL", label="ROUGE-L", better=1, convention=_ROUGE, paper=True),
+)

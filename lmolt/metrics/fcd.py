@@ -17,13 +17,34 @@ from pathlib import Path
 
 import numpy as np
 
+from lmolt.metrics.metric import Metric
 from lmolt.metrics.molecule import save_whole
+
+_OF = "valid predictions, canonical SMILES, RDKit {rdkit}"
+METRICS = (
+    Metric(
+        key="fcd_1_1",
+        label="FCD",
+        better=-1,
+        decimals=2,
+        convention=f"fcd 1.1 (the paper's, MolT5's, L+M-24's): first fragment, 349 symbols, padded to 350; {_OF}",
+        paper=True,
+    ),
+    Metric(
+        key="fcd",
+        label="FCD (fcd 1.2.2)",
+        better=-1,
+        decimals=2,
+        convention="fcd 1.2.2: whole SMILES, each list padded to max(350, its longest + 1), so that the longest string "
+        f"of either side moves the number; {_OF}",
+    ),
+)
+RULES = {"fcd_1_1": "1.1", "fcd": "1.2.2"}  # key: version of fcd that has it
 
 _SYMBOLS = re.findall("Cl|Br|Si|.", "CNOHFClPBBrSISi#()+-12345678=[]@cnosX.")  # in the order of ChemNet's inputs
 _NUMBER = {symbol: i for i, symbol in enumerate(_SYMBOLS)}
 _UNKNOWN = _NUMBER["X"]
 _PADDING = 350
-CONVENTIONS = ("1.2.2", "1.1")
 _BATCH, _CHUNK = 128, 16  # molecules of like length at once; steps of padding at once
 
 

@@ -11,6 +11,7 @@ A score of pairs is `(S, n)` here: `[s, i]` is reference i with prediction `shuf
 import numpy as np
 
 from lmolt.metrics import caption, ngrams
+from lmolt.metrics.metric import Metric
 
 
 def permutations(n: int, n_shuffles: int, seed: int) -> np.ndarray:
@@ -73,3 +74,34 @@ def of_molecules(counts: list[tuple], morgan: np.ndarray, shuffles: np.ndarray):
     shared = ngrams.shuffled_overlap(*counts, 1, shuffles)[..., 0]
     scores = shared / (counts[0][1] + counts[1][1][shuffles] - shared)
     return morgan - baseline(scores, shuffles), {"morgan_grounding": summary(morgan.mean(), scores.mean(1))}
+
+
+_SHUFFLES = "{n_shuffles} shuffles of the predictions (seed {seed}): 0 for outputs that do not depend on the source"
+_TOO_FEW = "needs two {rows} to shuffle, and n_shuffles above 0"
+CAPTION_METRICS = (
+    Metric(
+        key="bleu2_grounding",
+        label="BLEU-2 above shuffled",
+        better=1,
+        convention=f"bleu2 less that of {_SHUFFLES}, pooled; {{pieces}}",
+        undefined=_TOO_FEW.format(rows="rows"),
+        columns=tuple(f"stat_bleu_{c}" for c in (*caption.BLEU_COLUMNS, "shuffled_match_1", "shuffled_match_2")),
+        value=bleu2_of_sums,
+    ),
+    Metric(
+        key="rougeL_grounding",
+        label="ROUGE-L above shuffled",
+        better=1,
+        convention=f"rougeL less that of {_SHUFFLES}",
+        undefined=_TOO_FEW.format(rows="rows"),
+    ),
+)
+MOLECULE_METRICS = (
+    Metric(
+        key="morgan_grounding",
+        label="Morgan above shuffled",
+        better=1,
+        convention=f"morgan less that of {_SHUFFLES}; among valid predictions' rows, RDKit {{rdkit}}",
+        undefined=_TOO_FEW.format(rows="valid predictions"),
+    ),
+)

@@ -6,6 +6,7 @@ import re
 import numpy as np
 
 from lmolt.metrics import ngrams
+from lmolt.metrics.metric import Metric
 
 EMPTY_IS_NOT_ENTAILED = "an empty output counts as not entailed (probability 0)"
 _TOKENS_PER_BATCH = 8192
@@ -165,3 +166,84 @@ def group_scores(molecules, references, predictions, num_workers=None) -> dict[s
         "group_unclaimed": share(present & ~said, present),
         "group_missed": share(truth & present & ~said, truth & present),
     }
+
+
+_NLI = f"premise = reference, hypothesis = prediction, {{nli_model}}; {EMPTY_IS_NOT_ENTAILED}"
+_GROUPS = f"{len(GROUPS)} functional groups by ChEBI's class words (docs/metrics.md), RDKit {{rdkit}}"
+_AS_IS = "characters as they are in the file"
+CAPTION_METRICS = (
+    Metric(
+        key="delta_len",
+        label="Δ length",
+        better=0,
+        decimals=1,
+        convention="prediction minus reference; {pieces}",
+        paper=True,
+    ),
+    Metric(key="nli_entailment", label="Entailment", better=1, convention=f"mean probability; {_NLI}", paper=True),
+    Metric(
+        key="nli_win_rate",
+        label="NLI wins",
+        better=1,
+        convention=f"share with entailment the arg-max; {_NLI}",
+        paper=True,
+    ),
+    Metric(
+        key="group_hallucination",
+        label="Groups claimed that are not there",
+        better=-1,
+        convention=f"share of claimed groups the molecule lacks, over captions that claim any; {_GROUPS}",
+        undefined="no prediction names one of the functional groups",
+    ),
+    Metric(
+        key="group_hallucination_reference",
+        label="The same of the references",
+        better=0,
+        convention=f"the floor that vocabulary and data set; {_GROUPS}",
+        undefined="no reference names one of the functional groups",
+    ),
+    Metric(
+        key="group_unclaimed",
+        label="Groups not claimed",
+        better=-1,
+        convention=f"share of the molecule's groups not claimed; {_GROUPS}",
+        undefined="no molecule has one of the functional groups",
+    ),
+    Metric(
+        key="group_missed",
+        label="Groups of the reference missed",
+        better=-1,
+        convention=f"share of the groups the reference rightly claims that the prediction does not; {_GROUPS}",
+        undefined="no reference names one of the functional groups that its molecule has",
+    ),
+)
+MOLECULE_METRICS = (
+    Metric(
+        key="chrf",
+        label="Chr-F",
+        better=1,
+        convention=f"mean of character F1 for n = 1, 2, 3; {_AS_IS}",
+        paper=True,
+    ),
+    Metric(
+        key="delta_len",
+        label="Δ length",
+        better=0,
+        decimals=1,
+        convention=f"prediction minus reference; {_AS_IS}",
+        paper=True,
+    ),
+    Metric(
+        key="win_rate",
+        label="Wins",
+        better=1,
+        convention="Chr-F > {chrf_threshold}, |delta length| < {delta_threshold} and valid, RDKit {rdkit}",
+        paper=True,
+    ),
+    Metric(
+        key="chrf_undoubled",
+        label="Chr-F, backslashes made single",
+        better=1,
+        convention="as chrf; ChEBI-20's doubled backslashes made single on both sides",
+    ),
+)

@@ -13,7 +13,26 @@ from pathlib import Path
 import numpy as np
 
 from lmolt.metrics import ngrams
+from lmolt.metrics.caption import MAX_PIECES
+from lmolt.metrics.metric import Metric
 
+METRICS = (
+    Metric(
+        key="meteor",
+        label="METEOR",
+        better=1,
+        convention=f"NLTK METEOR (alpha 0.9, beta 3, gamma 0.5), WordNet 3.0; {{pieces}}, first {MAX_PIECES}",
+        paper=True,
+    ),
+    Metric(
+        key="meteor_stem",
+        label="METEOR (stems)",
+        better=1,
+        convention="METEOR (alpha 0.9, beta 3, gamma 0.5) of equal word pieces and equal Porter stems, without "
+        f"WordNet's synonyms: not the published METEOR; {{pieces}}, first {MAX_PIECES}",
+        instead_of="meteor",
+    ),
+)
 _SUFFIXES = {"noun": "n", "verb": "v", "adj": "a", "adv": "r"}
 # WordNet's detachment rules (morphy(7WN)): ending -> ending of the base form.
 _ENDINGS = {
@@ -94,11 +113,14 @@ def _nltk_folders() -> list[str]:
     return folders + [f"/usr/{part}nltk_data" for part in ("share/", "local/share/", "lib/", "local/lib/")]
 
 
-def meteor(references: tuple, predictions: tuple, words: list[str], wordnet: WordNet) -> np.ndarray:
-    """METEOR of n pairs, `(n,)`, with NLTK's defaults (alpha 0.9, beta 3, gamma 0.5), as `meteor_score` gives it.
+def meteor(
+    references: tuple, predictions: tuple, words: list[str], wordnet: WordNet | None = None
+) -> dict[str, np.ndarray]:
+    """METEOR of n pairs, `(n,)` a key, with NLTK's defaults (alpha 0.9, beta 3, gamma 0.5), as `meteor_score` gives it.
 
     `references`, `predictions`: `(tokens, lengths)` of indices into `words`. Alignment: equal words, then equal Porter
-    stems, then WordNet synonyms, each from the last word to the first.
+    stems (`meteor_stem` ends here), then WordNet synonyms (`meteor`, with a `wordnet`), each from the last word to the
+    first.
     """
     from nltk.stem.porter import PorterStemmer
 
@@ -124,15 +146,23 @@ def meteor(references: tuple, predictions: tuple, words: list[str], wordnet: Wor
         stems[w] = number.setdefault(stemmer.stem(lowered[w]), len(number))
     symbols = [stems[s] for s in symbols]
     align(*_pair_equal(rows, symbols))
-    align(*_pair_synonyms(rows, symbols, list(number), wordnet))  # NLTK looks up the stems, not the words
+    scores = {"meteor_stem": _score_of(matched_reference, references[1], predictions[1])}
+    if wordnet is not None:
+        align(*_pair_synonyms(rows, symbols, list(number), wordnet))  # NLTK looks up the stems, not the words
+        scores["meteor"] = _score_of(matched_reference, references[1], predictions[1])
+    return scores
 
+
+def _score_of(matched_reference: np.ndarray, reference_lengths, prediction_lengths) -> np.ndarray:
+    """METEOR `(n,)` of an alignment: for each prediction token its reference token, -1 for none."""
+    n = len(reference_lengths)
     hits = np.flatnonzero(matched_reference >= 0)
-    partner, row = matched_reference[hits], np.repeat(np.arange(n), predictions[1])[hits]
+    partner, row = matched_reference[hits], np.repeat(np.arange(n), prediction_lengths)[hits]
     count = np.bincount(row, minlength=n)
     continues = (hits[1:] == hits[:-1] + 1) & (partner[1:] == partner[:-1] + 1) & (row[1:] == row[:-1])
     chunks = count - np.bincount(row[1:][continues], minlength=n)
     with np.errstate(invalid="ignore", divide="ignore"):
-        precision, recall = count / predictions[1], count / references[1]
+        precision, recall = count / prediction_lengths, count / reference_lengths
         f_mean = precision * recall / (0.9 * precision + 0.1 * recall)
         score = f_mean * (1 - 0.5 * (chunks / count) ** 3)
     return np.where(count > 0, score, 0.0)

@@ -22,6 +22,8 @@ from rdkit.Chem.Scaffolds import MurckoScaffold
 from rdkit.rdBase import BlockLogs
 
 from lmolt.files import write_whole
+from lmolt.metrics.caption import BLEU_COLUMNS, bleu_of_sums
+from lmolt.metrics.metric import Metric
 from lmolt.metrics.ngrams import flatten
 
 _RDK = rdFingerprintGenerator.GetRDKitFPGenerator()  # Chem.RDKFingerprint's, made once
@@ -55,6 +57,7 @@ class Pair(NamedTuple):
     maccs: float
     rdk: float
     morgan: float
+    rdk_corrected: float
     counts: tuple[bytes, bytes]
 
 
@@ -75,8 +78,9 @@ def _compare(job: tuple[str, str, Features | None]) -> Pair | str:
     if known is None and theirs is None:
         return "reference"
     if prediction == reference:
+        theirs = theirs or parse(reference)
         counts = (known.morgan if known else _MORGAN.GetSparseCountFingerprint(theirs)).ToBinary()
-        return Pair("*" not in reference, True, True, 1.0, 1.0, 1.0, (counts, counts))
+        return Pair(not _has_dummy(theirs), True, True, *_of_equal(theirs), (counts, counts))
     ours = parse(prediction)
     if ours is None:
         return "prediction"
@@ -86,10 +90,24 @@ def _compare(job: tuple[str, str, Features | None]) -> Pair | str:
         matches = _matches(theirs or parse(reference), ours)
     if matches[1]:  # the same molecule: the two slow fingerprints need not be computed to be equal
         counts = _MORGAN.GetSparseCountFingerprint(ours).ToBinary()
-        return Pair(*matches, 1.0, 1.0, 1.0, (counts, counts))
+        return Pair(*matches, *_of_equal(ours), (counts, counts))
     sides = known or _features(theirs), _features(ours)
-    similarities = map(DataStructs.TanimotoSimilarity, *(side[1:] for side in sides))
-    return Pair(*matches, *similarities, tuple(side.morgan.ToBinary() for side in sides))
+    similarities = list(map(DataStructs.TanimotoSimilarity, *(side[1:] for side in sides)))
+    return Pair(*matches, *similarities, similarities[1], tuple(side.morgan.ToBinary() for side in sides))
+
+
+def _of_equal(molecule: Chem.Mol) -> tuple[float, float, float, float]:
+    """`maccs`, `rdk`, `morgan` and `rdk_corrected` of a molecule with itself: 1, but 0 where a fingerprint is empty,
+    which only a molecule of very few atoms has."""
+    if molecule.GetNumBonds() > 3:
+        return 1.0, 1.0, 1.0, 1.0
+    maccs, rdk = MACCSkeys.GenMACCSKeys(molecule), _RDK.GetFingerprint(molecule)
+    return float(maccs.GetNumOnBits() > 0), float(rdk.GetNumOnBits() > 0), 1.0, 1.0
+
+
+def _has_dummy(molecule: Chem.Mol) -> bool:
+    """Whether an atom stands for any other (`*`, `[#0]`, `[1*]`): such a molecule has no InChI."""
+    return any(atom.GetAtomicNum() == 0 for atom in molecule.GetAtoms())
 
 
 def _matches(a: Chem.Mol, b: Chem.Mol) -> tuple[bool, bool, bool]:
@@ -152,10 +170,10 @@ def compare(
 ) -> list[Pair | None]:
     """n pairs, each distinct one compared once; None where the prediction is no molecule.
 
-    Exact match: by InChI (as MolT5), by canonical SMILES, by that without stereochemistry. Tanimoto similarity:
-    `maccs`, 166 MACCS keys; `rdk`, RDKit's path fingerprint (paths 1 to 7, 2048 bits); `morgan`, sparse counts, radius
-    2. As MolT5's fingerprint_metrics.py, but equal molecules score 1 also where their fingerprint is empty (methane's),
-    which RDKit's Tanimoto calls 0.
+    Exact match: by InChI (as MolT5), by canonical SMILES, by that without stereochemistry. Tanimoto similarity, as
+    MolT5's fingerprint_metrics.py: `maccs`, 166 MACCS keys; `rdk`, RDKit's path fingerprint (paths 1 to 7, 2048 bits);
+    `morgan`, sparse counts, radius 2. RDKit calls the Tanimoto similarity of empty fingerprints 0, so a molecule
+    without bonds (methane) has an `rdk` of 0 to itself; `rdk_corrected` is 1 for equal molecules.
 
     References' features are kept in `cache_dir`. `ValueError` on a reference that is no molecule.
     """
@@ -174,8 +192,9 @@ def compare(
 
 def columns(pairs: list[Pair | None]) -> dict[str, np.ndarray]:
     """Validity, exact matches (invalid: 0) and similarities (invalid: NaN) of what `compare` returned, `(n,)` each."""
-    invalid = Pair(False, False, False, np.nan, np.nan, np.nan, ())
+    invalid = Pair(False, False, False, np.nan, np.nan, np.nan, np.nan, ())
     found = {key: np.array([getattr(pair or invalid, key) for pair in pairs], float) for key in Pair._fields[:-1]}
+    found |= {f"{key}_invalid0": np.nan_to_num(found[key]) for key in _KINDS}
     return {"validity": np.array([float(pair is not None) for pair in pairs])} | found
 
 
@@ -235,3 +254,115 @@ def uniqueness(predictions: list[str], valid: np.ndarray) -> np.ndarray:
     for smiles in np.array(predictions, object)[valid]:
         counts[smiles] = counts.get(smiles, 0) + 1
     return np.array([1 / counts[p] if ok else np.nan for p, ok in zip(predictions, valid, strict=True)])
+
+
+_AS_IS = "characters as they are in the file"
+_ONCE = "ChEBI-20's doubled backslashes made single on both sides"
+_TANIMOTO = "mean Tanimoto, RDKit {rdkit}"
+_KINDS = {"maccs": "MACCS keys", "rdk": "RDKit path fingerprint", "morgan": "Morgan radius 2, sparse counts"}
+_LABELS = {"maccs": "MACCS", "rdk": "RDK", "morgan": "Morgan"}
+_NONE_VALID = "no prediction is valid"
+_INVALID = f"empty or over {MAX_CHARACTERS} characters is invalid"
+METRICS = (
+    Metric(
+        key="bleu",
+        label="BLEU",
+        better=1,
+        convention=f"NLTK corpus BLEU, weights 1/4 each, no smoothing; {_AS_IS}",
+        paper=True,
+        columns=tuple(f"stat_bleu_{column}" for column in BLEU_COLUMNS),
+        value=bleu_of_sums,
+    ),
+    Metric(
+        key="exact_match",
+        label="Exact",
+        better=1,
+        convention="equal InChI, RDKit {rdkit}; molecules with an atom `*` have none and never match",
+        paper=True,
+    ),
+    Metric(
+        key="levenshtein",
+        label="Levenshtein",
+        better=-1,
+        decimals=2,
+        convention=f"mean edit distance; {_AS_IS}",
+        paper=True,
+    ),
+    Metric(
+        key="validity",
+        label="Validity",
+        better=1,
+        convention=f"RDKit {{rdkit}} parses it; {_INVALID}",
+        paper=True,
+    ),
+    *(
+        Metric(
+            key=key,
+            label=_LABELS[key],
+            better=1,
+            convention=f"{kind}, {_TANIMOTO}; over valid predictions (MolT5)",
+            undefined=_NONE_VALID,
+            paper=True,
+        )
+        for key, kind in _KINDS.items()
+    ),
+    Metric(
+        key="uniqueness",
+        label="Uniqueness",
+        better=1,
+        convention="distinct valid strings / valid strings, RDKit {rdkit}; interval with each string's count held",
+        undefined=_NONE_VALID,
+        paper=True,
+    ),
+    Metric(
+        key="rdk_corrected",
+        label="RDK, equal molecules 1",
+        better=1,
+        convention=f"{_KINDS['rdk']}, {_TANIMOTO}; over valid predictions, equal molecules 1 though without bonds",
+        undefined=_NONE_VALID,
+    ),
+    *(
+        Metric(
+            key=f"{key}_invalid0",
+            label=f"{_LABELS[key]}, invalid 0",
+            better=1,
+            convention=f"{kind}, {_TANIMOTO}; an invalid prediction 0 (L+M-24)",
+        )
+        for key, kind in _KINDS.items()
+    ),
+    Metric(
+        key="canonical_match",
+        label="Equal canonical SMILES",
+        better=1,
+        convention="equal canonical SMILES, RDKit {rdkit}",
+    ),
+    Metric(
+        key="canonical_match_no_stereo",
+        label="Equal but for stereochemistry",
+        better=1,
+        convention="equal canonical SMILES without stereochemistry, RDKit {rdkit}",
+    ),
+    Metric(
+        key="scaffold_match",
+        label="Equal scaffold",
+        better=1,
+        convention="equal Bemis-Murcko scaffold without stereochemistry, RDKit {rdkit}, over references with a ring; "
+        "invalid 0",
+        undefined="no reference has a ring",
+    ),
+    Metric(
+        key="bleu_undoubled",
+        label="BLEU, backslashes made single",
+        better=1,
+        convention=f"as bleu; {_ONCE}",
+        columns=tuple(f"stat_bleu_undoubled_{column}" for column in BLEU_COLUMNS),
+        value=bleu_of_sums,
+    ),
+    Metric(
+        key="levenshtein_undoubled",
+        label="Levenshtein, backslashes made single",
+        better=-1,
+        decimals=2,
+        convention=f"mean edit distance; {_ONCE}",
+    ),
+)

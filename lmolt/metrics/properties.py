@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lmolt.metrics.caption import word_pieces
+from lmolt.metrics.metric import Metric
 from lmolt.metrics.statistics import resampled_sums
 
 _COMBINATIONS = ("train_withheld_combos.txt", "withheld_combos.txt")
@@ -64,7 +65,7 @@ def named(captions: list[str], names: list[str], tokenizer) -> np.ndarray:
 def score(references, predictions, folder, tokenizer, n_bootstrap: int, seed: int) -> tuple[dict, dict]:
     """`(metrics, per_example)` of the tree-averaged precision, recall, F1 and accuracy, and of held-out combinations.
 
-    `metrics`: `{key: (value, bootstrap values (n_bootstrap,), empty categories count as)}`, NaN where undefined; keys
+    `metrics`: `{key: (value, bootstrap values (n_bootstrap,))}`, NaN where undefined; keys
     `property_f1` and the like overall, `property_f1/Biomedical/antis` a category, `combination_f1`.
     """
     paths = read_tree(folder)
@@ -92,7 +93,7 @@ def score(references, predictions, folder, tokenizer, n_bootstrap: int, seed: in
             # The old code's categories differ only where empty, so they are given for the final code alone.
             for node in nodes[0] if empty else [""]:
                 name = f"property_{key}{suffix}" + (f"/{node.replace('__', '/')}" if node else "")
-                metrics[name] = (float(nodes[0][node][0]), nodes[1][node], empty)
+                metrics[name] = (float(nodes[0][node][0]), nodes[1][node])
     if combinations:
         a, b = (np.array([number[pair[k]] for pair in combinations]) for k in range(2))
         true_pair, said_pair = (m[:, a] & m[:, b] for m in (truth, said))
@@ -155,3 +156,48 @@ def _tree_means(paths: list[str], leaves: np.ndarray, empty: float) -> dict[str,
         total, count = np.where(defined, stacked, 0).sum(1), defined.sum(1)
         means[node] = np.where(count > 0, total / np.maximum(count, 1), empty)
     return means
+
+
+_NAMED = "property names as word pieces ({pieces}) within the caption's"
+_TREE = "L+M-24 tree average, a category nobody names counts {empty}; {named}"
+_RATIO_NAMES = {"precision": "precision", "recall": "recall", "f1": "F1", "accuracy": "accuracy"}
+_NEVER_NAMED = {
+    "precision": "no prediction names a held-out pair",
+    "recall": "no reference names a held-out pair",
+    "f1": "nobody names a held-out pair",
+    "accuracy": "there is no held-out pair",
+}
+METRICS = (
+    *(
+        Metric(
+            key=f"property_example_{key}",
+            label=f"Properties a caption, {_RATIO_NAMES[key]}",
+            better=1,
+            convention=f"per caption, {_NAMED}",
+            undefined="no caption names a property",
+        )
+        for key in ("precision", "recall", "f1")
+    ),
+    *(
+        Metric(
+            key=f"property_{key}{suffix}",
+            label=f"Properties, {_RATIO_NAMES[key]}" + " (old code)" * bool(suffix),
+            better=1,
+            convention=_TREE.format(empty=empty, named=_NAMED),
+        )
+        for key in _RATIOS
+        for suffix, empty in (("", 1.0), ("_empty0", 0.0))
+    ),
+    *(
+        Metric(
+            key=f"combination_{key}",
+            label=f"Held-out pairs, {_RATIO_NAMES[key]}",
+            better=1,
+            convention=f"held-out pairs, both named; {_NAMED}",
+            undefined=_NEVER_NAMED[key],
+            columns=tuple(COMBINATION_COLUMNS),
+            value=lambda sums, key=key: ratio_of_sums(key, sums),
+        )
+        for key in _RATIOS
+    ),
+)

@@ -12,11 +12,11 @@ import numpy as np
 
 from lmolt.data.predictions import digest
 from lmolt.files import read_table, write_whole
-from lmolt.metrics import compare
+from lmolt.metrics import METRICS, compare
 from lmolt.metrics.statistics import holm
 from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP
 from lmolt.report import figures, page, tables
-from lmolt.report.tables import DIRECTION_NAMES, MEASURES
+from lmolt.report.tables import DIRECTION_NAMES, declared
 
 PRIMARY = {MOL2CAP: ("nli_entailment", "rougeL"), CAP2MOL: ("chrf",)}  # what examples are ranked by: the first there is
 _DISTRIBUTIONS = (
@@ -168,7 +168,8 @@ def _markdown(title: str, runs: list[Run], numbered, each, drawn) -> str:
 def primary(runs: list[Run], direction: str) -> str:
     """The per-example measure that every run of `direction` has and that examples are ranked by."""
     having = [run.scores[direction] for run in runs if direction in run.scores]
-    return next(key for key in (*PRIMARY[direction], *MEASURES[direction]) if all(key in scores for scores in having))
+    keys = (*PRIMARY[direction], *(m.key for m in METRICS[direction]))
+    return next(key for key in keys if all(key in scores for scores in having))
 
 
 def draw_figures(runs: list[Run], directions: list[str]) -> list[tuple[str, str, bytes]]:
@@ -193,7 +194,7 @@ def draw_figures(runs: list[Run], directions: list[str]) -> list[tuple[str, str,
         if len(having) > 1:
             key = primary(having, direction)
             panels.append((DIRECTION_NAMES[direction], [r.name for r in having], cross_wins(having, direction, key)))
-            measures.append(f"{DIRECTION_NAMES[direction]}: {MEASURES[direction][key][0]}")
+            measures.append(f"{DIRECTION_NAMES[direction]}: {declared(direction, key).label}")
     if panels:
         caption = (
             "Figure 2. Cross win rates: the share of examples on which the row's system scores strictly above the "
@@ -228,8 +229,8 @@ def _case_figure(runs: list[Run], direction: str) -> tuple[str, str, bytes]:
         cases.append({"label": f"id {row['id'][:20]}", "molecule": row["source"], "reference": row["reference"]})
         cases[-1]["outputs"] = outputs
     how = (
-        f"Examples at the {', '.join(f'{p}th' for p in _CASES)} percentile of {MEASURES[direction][key][0]}, averaged "
-        f"over systems{', among molecules of at most 90 characters' if ranked is small else ''}."
+        f"Examples at the {', '.join(f'{p}th' for p in _CASES)} percentile of {declared(direction, key).label}, "
+        f"averaged over systems{', among molecules of at most 90 characters' if ranked is small else ''}."
     )
     if len(having) > len(beside):
         how += f" The first {len(beside)} of {len(having)} systems."
@@ -243,13 +244,13 @@ def _case_figure(runs: list[Run], direction: str) -> tuple[str, str, bytes]:
 def _note(run: Run, direction: str, i: int) -> str:
     keys = ("chrf", "morgan") if direction == CAP2MOL else ("rougeL", "nli_entailment")
     values = {key: run.scores[direction][key][i] for key in keys if key in run.scores[direction]}
-    return ", ".join(f"{MEASURES[direction][k][0]} {v:.2f}" for k, v in values.items() if np.isfinite(v))
+    return ", ".join(f"{declared(direction, k).label} {v:.2f}" for k, v in values.items() if np.isfinite(v))
 
 
 def _examples(runs: list[Run], direction: str) -> dict:
     """What report.html's browser of examples shows: rows with every system's output and per-example scores."""
     having = [run for run in runs if direction in run.rows]
-    shared = [k for k in MEASURES[direction] if all(k in run.scores[direction] for run in having)]
+    shared = [m.key for m in METRICS[direction] if m.paper and all(m.key in run.scores[direction] for run in having)]
     keys = [k for k in shared if k != "uniqueness"]  # says nothing of one example
     ranking = primary(having, direction)
     keys.sort(key=lambda k: k != ranking)  # the measure that the browser opens with
@@ -257,7 +258,7 @@ def _examples(runs: list[Run], direction: str) -> dict:
     return {
         "title": DIRECTION_NAMES[direction],
         "systems": [run.name for run in having],
-        "measures": [[key, *MEASURES[direction][key][:2]] for key in keys],
+        "measures": [[key, declared(direction, key).label, declared(direction, key).better] for key in keys],
         "n": len(having[0].rows[direction]),
         "rows": [
             {

@@ -9,36 +9,12 @@ import re
 from collections import namedtuple
 from dataclasses import dataclass
 
+from lmolt.metrics import METRICS
+from lmolt.metrics.metric import NOT_COMPARABLE, Metric
 from lmolt.prompts import CAP2MOL, MOL2CAP
 
-# key: label, what is better (1 larger, -1 smaller, 0 nearer to zero), decimals. The paper's columns, in its order.
-MEASURES = {
-    MOL2CAP: {
-        "bleu2": ("BLEU-2", 1, 3),
-        "bleu4": ("BLEU-4", 1, 3),
-        "rouge1": ("ROUGE-1", 1, 3),
-        "rouge2": ("ROUGE-2", 1, 3),
-        "rougeL": ("ROUGE-L", 1, 3),
-        "meteor": ("METEOR", 1, 3),
-        "delta_len": ("Δ length", 0, 1),
-        "nli_entailment": ("Entailment", 1, 3),
-        "nli_win_rate": ("NLI wins", 1, 3),
-    },
-    CAP2MOL: {
-        "bleu": ("BLEU", 1, 3),
-        "exact_match": ("Exact", 1, 3),
-        "levenshtein": ("Levenshtein", -1, 2),
-        "validity": ("Validity", 1, 3),
-        "maccs": ("MACCS", 1, 3),
-        "rdk": ("RDK", 1, 3),
-        "morgan": ("Morgan", 1, 3),
-        "fcd": ("FCD", -1, 2),
-        "chrf": ("Chr-F", 1, 3),
-        "delta_len": ("Δ length", 0, 1),
-        "win_rate": ("Wins", 1, 3),
-        "uniqueness": ("Uniqueness", 1, 3),
-    },
-}
+DECLARED = {direction: {metric.key: metric for metric in metrics} for direction, metrics in METRICS.items()}
+
 ARROWS = {1: " ↑", -1: " ↓", 0: " → 0"}
 DIRECTION_NAMES = {MOL2CAP: "Molecule → language", CAP2MOL: "Language → molecule"}
 EFFICIENCY = {  # key of efficiency.json: column, divisor
@@ -65,6 +41,20 @@ class Table:
     note: str = ""
 
 
+def declared(direction: str, key: str) -> Metric:
+    """A metric's declaration; a record of another version of LMolT may hold what this one doesn't know."""
+    return DECLARED[direction].get(key) or Metric(key, label=key, better=0, convention="")
+
+
+def _of_paper(direction: str, parts: list[dict]) -> tuple[list[Metric], list[Metric]]:
+    """The paper's columns that one of `parts` (systems' metrics) has a value for, and those that none has."""
+    has = {key for part in parts for key, entry in part.items() if "value" in entry}
+    wanted = [m for m in METRICS[direction] if m.paper or (m.instead_of and m.instead_of not in has)]
+    kept = [m for m in wanted if m.key in has]
+    replaced = {m.instead_of for m in kept}
+    return kept, [m for m in wanted if m.key not in has and not m.instead_of and m.key not in replaced]
+
+
 def shown(value: float, decimals: int) -> str:
     """A number for a table: a true minus sign, and no negative zero."""
     text = f"{value:.{decimals}f}"
@@ -74,12 +64,13 @@ def shown(value: float, decimals: int) -> str:
 def metrics_table(name: str, record: dict, direction: str) -> Table:
     """One system's every metric: value, interval, n, convention; the paper's first, absent ones with their reason."""
     part, rows = record["directions"][direction], []
-    keys = [k for k in MEASURES[direction] if k in part["metrics"]]
-    keys += [k for k in part["metrics"] if k not in MEASURES[direction] and "/" not in k]
+    paper = [m.key for m in METRICS[direction] if m.paper or m.instead_of]
+    keys = [key for key in paper if key in part["metrics"]]
+    keys += [key for key in part["metrics"] if key not in paper and "/" not in key]
     for key in keys:
-        entry = part["metrics"][key]
-        label, _, decimals = MEASURES[direction].get(key, (key, 1, 3))
-        label = label if label == key else f"{label} ({key})"
+        entry, metric = part["metrics"][key], declared(direction, key)
+        decimals = metric.decimals
+        label = metric.label if metric.label == key else f"{metric.label} ({key})"
         if "absent" in entry:
             rows.append([Cell(label), Cell("absent"), Cell(""), Cell(""), Cell(entry["absent"])])
             continue
@@ -143,12 +134,13 @@ def results_table(
     """
     parts = {name: r["directions"][direction] for name, r in records.items() if direction in r["directions"]}
     entry = lambda name, key: parts[name]["metrics"].get(key, {"absent": "not computed"})
-    kept = {k: m for k, m in MEASURES[direction].items() if any("value" in entry(name, k) for name in parts)}
-    best = {key: _best({name: entry(name, key) for name in parts}, *kept[key][1:]) for key in kept}
+    kept, missing = _of_paper(direction, [part["metrics"] for part in parts.values()])
+    best = {m.key: _best({name: entry(name, m.key) for name in parts}, m.better, m.decimals) for m in kept}
     rows = []
     for name in parts:
         row = [Cell(name)]
-        for key, (_, _, decimals) in kept.items():
+        for metric in kept:
+            key, decimals = metric.key, metric.decimals
             found, small = entry(name, key), ""
             if "absent" in found:
                 row.append(Cell("–"))
@@ -168,15 +160,15 @@ def results_table(
     else:
         note += f" In parentheses: difference from {baseline}"
         note += "; † p < 0.05, paired bootstrap, Holm-corrected." if tests else "."
-        untested = [kept[key][0] for key in kept if key not in {tested for _, tested in tests or ()}]
+        untested = [m.label for m in kept if m.key not in {tested for _, tested in tests or ()}]
         note += f" Not tested: {', '.join(untested)}." if tests and untested else ""
-    if any("NOT comparable" in entry(name, key).get("convention", "") for name in parts for key in kept):
+    if any(NOT_COMPARABLE in entry(name, metric.key).get("convention", "") for name in parts for metric in kept):
         note += " Some numbers are not comparable with published ones: see the conventions."
-    if missing := [key for key in MEASURES[direction] if key not in kept]:
+    if missing:
         first = next(iter(parts))
-        absent = _by_reason((MEASURES[direction][key][0], entry(first, key)["absent"]) for key in missing)
+        absent = _by_reason((metric.label, entry(first, metric.key)["absent"]) for metric in missing)
         note += " Absent: " + "; ".join(f"{names} ({reason})" for reason, names in absent.items()) + "."
-    columns = ["System", *(label + ARROWS[better] for label, better, _ in kept.values())]
+    columns = ["System", *(metric.label + ARROWS[metric.better] for metric in kept)]
     title = f"Table {number}. {DIRECTION_NAMES[direction]}"
     if baseline is None:
         return Table(f"table{number}_{direction}", title, columns, rows, note)
@@ -193,18 +185,21 @@ def _best(entries: dict[str, dict], better: int, decimals: int) -> set[str]:
 def further_table(number: int, records: dict[str, dict], direction: str) -> Table | None:
     """Metrics beyond the paper's, one a row, a system a column; None where there are none."""
     parts = {name: r["directions"][direction]["metrics"] for name, r in records.items() if direction in r["directions"]}
-    keys = [
-        k
-        for k in dict.fromkeys(k for part in parts.values() for k in part)
-        if k not in MEASURES[direction] and "/" not in k
-    ]
-    entries = {key: [part.get(key, {}) for part in parts.values()] for key in keys}
+    paper = {m.key for m in _of_paper(direction, list(parts.values()))[0]}
+    keys = [k for k in dict.fromkeys(k for part in parts.values() for k in part) if k not in paper and "/" not in k]
     small = lambda e: f"(p = {e['p_permutation']:.3g})" if "p_permutation" in e else ""
-    cell = lambda e: Cell(shown(e["value"], 3), small(e), e["value"]) if "value" in e else Cell("–")
-    rows = [[Cell(key), *map(cell, found)] for key, found in entries.items() if any("value" in e for e in found)]
+    rows = []
+    for key in keys:
+        metric, found = declared(direction, key), [part.get(key, {}) for part in parts.values()]
+        if any("value" in e for e in found):
+            cells = [
+                Cell(shown(e["value"], metric.decimals), small(e), e["value"]) if "value" in e else Cell("–")
+                for e in found
+            ]
+            rows.append([Cell(metric.label if metric.label == key else f"{metric.label} ({key})"), *cells])
     title = f"Table {number}. {DIRECTION_NAMES[direction]}, beyond the paper"
     note = "Definitions and conventions: each system's own table, and docs/metrics.md."
-    if any("p_permutation" in e for found in entries.values() for e in found):
+    if any("p_permutation" in part.get(key, {}) for part in parts.values() for key in keys):
         note += " Grounding: the score less that of the outputs shuffled among the rows, with its permutation p-value."
     return Table(f"table{number}_{direction}_further", title, ["Metric", *parts], rows, note) if rows else None
 
@@ -213,7 +208,8 @@ def tests_table(number: int, direction: str, baseline: str, tests: dict) -> Tabl
     """Every paired test of one direction: `tests` is `{(system, key): {"difference", "ci95", "p", "p_holm", "n"}}`."""
     rows = []
     for (system, key), test in tests.items():
-        label, _, decimals = MEASURES[direction].get(key, (key, 1, 3))
+        metric = declared(direction, key)
+        label, decimals = metric.label, metric.decimals
         ends = [shown(v, decimals + 1) for v in test["ci95"] or ()]
         difference = Cell(shown(test["difference"], decimals + 1), value=float(test["difference"]))
         p_values = [Cell(f"{test[p]:.3g}".replace("nan", "–"), value=float(test[p])) for p in ("p", "p_holm")]
