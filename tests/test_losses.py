@@ -82,17 +82,101 @@ def test_at_the_reference_dpo_is_log_two():
     assert losses.dpo(*tensors(W, L, W, L)).item() == pytest.approx(math.log(2))
 
 
+REJECTED_TOKENS = [9, 2, 15]
+ROWS = [
+    dict(zip(("w", "l", "rw", "rl", "nw", "nl"), row, strict=True))
+    for row in zip(W, L, REF_W, REF_L, TOKENS, REJECTED_TOKENS, strict=True)
+]
+
+
+def log_s(x):
+    return math.log(sigmoid(x))
+
+
+def margin(r):
+    return (r["w"] - r["rw"]) - (r["l"] - r["rl"])
+
+
+def margin_a_token(r):
+    return (r["w"] - r["rw"]) / r["nw"] - (r["l"] - r["rl"]) / r["nl"]
+
+
+def log_odds(logp, tokens):
+    p = math.exp(logp / tokens)
+    return math.log(p / (1 - p))
+
+
+def smoothed(h, share):
+    return -(1 - share) * log_s(h) - share * log_s(-h)
+
+
+NLL = 55.75 / 30  # of the preferred outputs, a token
+FORMULAS = {  # of one triple r and the parameters p: beta, label_smoothing e, gamma, alpha
+    "dpo": lambda r, beta, e: smoothed(beta * margin(r), e),
+    "cpo": lambda r, beta, e, alpha: smoothed(beta * (r["w"] - r["l"]), e) + alpha * NLL,
+    "robust_dpo": lambda r, beta, e: ((1 - e) * -log_s(beta * margin(r)) - e * -log_s(-beta * margin(r))) / (1 - 2 * e),
+    "dpo_norm": lambda r, beta, e: smoothed(beta * margin_a_token(r), e),
+    "ipo": lambda r, beta: (margin_a_token(r) - 1 / (2 * beta)) ** 2,
+    "hinge": lambda r, beta: max(0, 1 - beta * margin(r)),
+    "apo_zero": lambda r, beta: (1 - sigmoid(beta * (r["w"] - r["rw"]))) + sigmoid(beta * (r["l"] - r["rl"])),
+    "apo_down": lambda r, beta: sigmoid(beta * (r["w"] - r["rw"])) + (1 - sigmoid(beta * margin(r))),
+    "simpo": lambda r, beta, gamma: -log_s(beta / r["nw"] * r["w"] - beta / r["nl"] * r["l"] - gamma),
+    "cpo_simpo": lambda r, beta, gamma, alpha: FORMULAS["simpo"](r, beta, gamma) + alpha * NLL,
+    "orpo": lambda r, beta: NLL - beta * log_s(log_odds(r["w"], r["nw"]) - log_odds(r["l"], r["nl"])),
+}
+OTHER = {"beta": 0.7, "label_smoothing": 0.2, "gamma": 0.3, "alpha": 0.6}  # away from every default
+
+
+def given(part=slice(None)):
+    names = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_tokens", "rejected_tokens")
+    columns = tensors(W, L, REF_W, REF_L, TOKENS, REJECTED_TOKENS)
+    return {name: column[part] for name, column in zip(names, columns, strict=True)} | {
+        "num_pairs": 3,
+        "num_tokens": 30,
+    }
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_each_loss_is_its_formula_and_adds_up_over_a_split_batch(name):
+    loss = losses.LOSSES[name]
+    for parameters in (loss.parameters, loss.parameters | {k: v for k, v in OTHER.items() if k in loss.parameters}):
+        of_formula = {"e" if k == "label_smoothing" else k: v for k, v in parameters.items() if k != "nll"}
+        expected = sum(FORMULAS[name](row, **of_formula) for row in ROWS) / 3
+        assert loss(given(), parameters).item() == pytest.approx(expected, rel=1e-12)
+        parts = [loss(given(part), parameters).item() for part in (slice(0, 1), slice(1, 3))]
+        assert sum(parts) == pytest.approx(expected, rel=1e-12)
+
+
+def test_orpo_of_a_certain_output_is_finite():
+    certain = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    one = torch.ones(1, dtype=torch.float64)
+    value = losses.orpo(certain, -one, one, one)
+    value.backward()
+    assert value.isfinite() and certain.grad.isfinite().all()
+
+
 def test_what_each_loss_reads_and_its_own_parameters():
     reads = {name: (loss.reads - {"num_pairs", "num_tokens"}, loss.parameters) for name, loss in losses.LOSSES.items()}
     both, references = {"chosen", "rejected"}, {"ref_chosen", "ref_rejected"}
+    tokens = {"chosen_tokens", "rejected_tokens"}
     assert reads == {
         "sft": ({"chosen", "chosen_tokens"}, {}),
-        "dpo": (both | references, {"beta": 0.1}),
-        "cpo": (both | {"chosen_tokens"}, {"beta": 0.1, "alpha": 1.0, "nll": "token"}),
+        "dpo": (both | references, {"beta": 0.1, "label_smoothing": 0.0}),
+        "cpo": (both | {"chosen_tokens"}, {"beta": 0.1, "alpha": 1.0, "nll": "token", "label_smoothing": 0.0}),
         "kto": (both | references | {"z"}, {"beta": 0.1, "lambda_p": 1.0, "lambda_d": 1.0}),
         "kto_pair": (both | references, {"beta": 0.1}),
+        "simpo": (both | tokens, {"beta": 2.0, "gamma": 1.0}),
+        "cpo_simpo": (both | tokens, {"beta": 2.0, "gamma": 1.0, "alpha": 1.0}),
+        "orpo": (both | tokens, {"beta": 0.1}),
+        "ipo": (both | references | tokens, {"beta": 0.1}),
+        "hinge": (both | references, {"beta": 0.1}),
+        "robust_dpo": (both | references, {"beta": 0.1, "label_smoothing": 0.1}),
+        "dpo_norm": (both | references | tokens, {"beta": 5.0, "label_smoothing": 0.0}),
+        "apo_zero": (both | references, {"beta": 0.1}),
+        "apo_down": (both | references, {"beta": 0.1}),
     }
-    assert [name for name, loss in losses.LOSSES.items() if loss.has_reference] == ["dpo", "kto", "kto_pair"]
+    without = [name for name, loss in losses.LOSSES.items() if not loss.has_reference]
+    assert without == ["sft", "cpo", "simpo", "cpo_simpo", "orpo"]
     for loss in losses.LOSSES.values():
         assert loss.parameters.keys() <= losses.PARAMETERS.keys()
 

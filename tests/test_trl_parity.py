@@ -140,3 +140,71 @@ def test_dpo_against_the_base(setting, tmp_path):
     log = first_log(make(trl.DPOTrainer, trl.DPOConfig, rows_of(prompts), setting, tmp_path, merged=True, beta=0.1))
     ours = losses.dpo(policy["chosen"], policy["rejected"], reference["chosen"], reference["rejected"]).item()
     assert ours == pytest.approx(log["loss"], rel=1e-5)
+
+
+# TRL's loss_type, with its label_smoothing where it reads that (its "sigmoid" doesn't, from 1.16 on)
+OF_DPO_TRAINER = {
+    "robust_dpo": ("robust", {"label_smoothing": 0.2}),
+    "hinge": ("hinge", {}),
+    "ipo": ("ipo", {}),
+    "apo_zero": ("apo_zero", {}),
+    "apo_down": ("apo_down", {}),
+    "dpo_norm": ("sigmoid_norm", {}),
+}
+
+
+def of(setting, name, **parameters):
+    """Our loss, against the base as reference."""
+    *_, policy, reference, tokens = setting
+    given = {
+        "chosen_tokens": tokens,
+        "rejected_tokens": rejected_tokens(setting),
+        "num_pairs": None,
+        "num_tokens": None,
+    }
+    given |= policy | {f"ref_{side}": logps for side, logps in reference.items()}
+    return losses.LOSSES[name](given, losses.LOSSES[name].parameters | parameters).item()
+
+
+def rejected_tokens(setting):
+    _, tokenizer, *_ = setting
+    return torch.tensor([len(encode_output(tokenizer, rejected)) for _, _, rejected in TRIPLES])
+
+
+@pytest.mark.parametrize("name", OF_DPO_TRAINER)
+def test_losses_of_trls_dpo_trainer(setting, tmp_path, name):
+    loss_type, extra = OF_DPO_TRAINER[name]
+    rows = rows_of(setting[3])
+    log = first_log(
+        make(trl.DPOTrainer, trl.DPOConfig, rows, setting, tmp_path, True, beta=0.3, loss_type=loss_type, **extra)
+    )
+    assert of(setting, name, beta=0.3, **extra) == pytest.approx(log["loss"], rel=1e-5)
+
+
+def test_cpo_with_label_smoothing(setting, tmp_path):
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    extra = {"beta": 0.3, "cpo_alpha": 0.5, "label_smoothing": 0.2, "max_completion_length": 256}
+    log = first_log(make(CPOTrainer, CPOConfig, rows_of(setting[3]), setting, tmp_path, **extra))
+    assert of(setting, "cpo", beta=0.3, alpha=0.5, label_smoothing=0.2) == pytest.approx(log["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "alpha"), [("simpo", 0.0), ("cpo_simpo", 0.7)])
+def test_simpo(setting, tmp_path, name, alpha):
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    extra = {"beta": 1.5, "simpo_gamma": 0.4, "cpo_alpha": alpha, "loss_type": "simpo", "max_completion_length": 256}
+    log = first_log(make(CPOTrainer, CPOConfig, rows_of(setting[3]), setting, tmp_path, **extra))
+    own = {"beta": 1.5, "gamma": 0.4} | ({"alpha": alpha} if alpha else {})
+    assert of(setting, name, **own) == pytest.approx(log["loss"], rel=1e-5)
+
+
+def test_orpo(setting, tmp_path):
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    extra = {"beta": 0.3, "max_completion_length": 256}
+    log = first_log(make(ORPOTrainer, ORPOConfig, rows_of(setting[3]), setting, tmp_path, **extra))
+    *_, tokens = setting
+    ours = of(setting, "orpo", beta=0.3) - losses.sft(setting[4]["chosen"], tokens).item()
+    # its NLL scores the prompt too; the term that makes it ORPO is the same
+    assert ours == pytest.approx(-0.3 * log["log_odds_ratio"], rel=1e-4)

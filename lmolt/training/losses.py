@@ -3,7 +3,7 @@
 Equation numbers are those of Gkoumas & Liakata, "Feedback-aligned Mixed LLMs for Machine Language-Molecule
 Translation". Notation: `logp(y) = sum_t log pi(y_t | x, y_<t)` over the tokens of an output, its EOS counted, is a
 tensor (B,); `chosen`, `rejected` name the preferred and the dis-preferred output of each triple; `ref_*` are the same
-under the frozen reference.
+under the frozen reference. Losses that the paper has not name their own source; docs/losses.md writes all of them out.
 
 Each function returns the sum of its examples' losses over a *global* count: `num_pairs` triples or `num_tokens`
 preferred tokens of the whole optimizer step, all ranks and accumulation steps. So the losses of micro-batches add up
@@ -41,6 +41,10 @@ PARAMETERS = {
     "alpha": Parameter(float, "weight of the NLL term (Eq. 8)", lambda v: v >= 0, "it is 0 or more"),
     "nll": Parameter(
         str, "NLL as mean over tokens, or over sequences", ("token", "sequence").__contains__, "use token or sequence"
+    ),
+    "gamma": Parameter(float, "margin that the rewards' difference should exceed", lambda v: v >= 0, "it is 0 or more"),
+    "label_smoothing": Parameter(
+        float, "assumed share of swapped preferences", lambda v: 0 <= v < 0.5, "it is 0 or more, and less than 0.5"
     ),
     "lambda_p": Parameter(float, "weight of desirable outputs", lambda v: v >= 0, "it is 0 or more"),
     "lambda_d": Parameter(float, "weight of undesirable outputs", lambda v: v >= 0, "it is 0 or more"),
@@ -81,24 +85,38 @@ def sft(chosen, chosen_tokens, *, num_tokens=None):
     return -chosen.sum() / (chosen_tokens.sum() if num_tokens is None else num_tokens)
 
 
-def dpo(chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1, num_pairs=None):
-    """Eq. 5: -log s(beta [(logp(w) - ref(w)) - (logp(l) - ref(l))])."""
+def _mean(losses, num_pairs):
+    return losses.sum() / (len(losses) if num_pairs is None else num_pairs)
+
+
+def _cross_entropy(logits, label_smoothing=0.0):
+    """-log s(h) where the preference is right, -log s(-h) where it is swapped, as is assumed of a share."""
+    return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
+
+
+def dpo(chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1, label_smoothing=0.0, num_pairs=None):
+    """Eq. 5: -log s(beta [(logp(w) - ref(w)) - (logp(l) - ref(l))]).
+
+    With `label_smoothing` it is conservative DPO (Mitchell, "A note on DPO with noisy preferences", 2023).
+    """
     margins = (chosen - ref_chosen) - (rejected - ref_rejected)
-    return -logsigmoid(beta * margins).sum() / (len(chosen) if num_pairs is None else num_pairs)
+    return _mean(_cross_entropy(beta * margins, label_smoothing), num_pairs)
 
 
-def cpo(chosen, rejected, chosen_tokens, *, beta=0.1, alpha=1.0, nll="token", num_pairs=None, num_tokens=None):
+def cpo(
+    chosen, rejected, chosen_tokens,
+    *, beta=0.1, alpha=1.0, nll="token", label_smoothing=0.0, num_pairs=None, num_tokens=None,
+):  # fmt: skip
     """Eqs. 6 and 8: -log s(beta [logp(w) - logp(l)]) + alpha NLL(w), without a reference.
 
     `nll="token"` takes the mean over the tokens of all preferred outputs, as the paper's authors ran it (TRL's CPO);
     `nll="sequence"` the mean over sequences, which is Eq. 8 to the letter.
     """
-    num_pairs = len(chosen) if num_pairs is None else num_pairs
-    preference = -logsigmoid(beta * (chosen - rejected)).sum() / num_pairs
+    preference = _mean(_cross_entropy(beta * (chosen - rejected), label_smoothing), num_pairs)
     if nll == "token":
         return preference + alpha * sft(chosen, chosen_tokens, num_tokens=num_tokens)
     if nll == "sequence":
-        return preference - alpha * chosen.sum() / num_pairs
+        return preference + alpha * _mean(-chosen, num_pairs)
     raise ValueError(f"nll is {nll!r}; use 'token' or 'sequence'")
 
 
@@ -136,10 +154,95 @@ def kto_pair(chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1, num_pairs=
     return losses.sum() / (2 * (len(chosen) if num_pairs is None else num_pairs))
 
 
+def robust_dpo(chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1, label_smoothing=0.1, num_pairs=None):
+    """Chowdhury et al. 2024 (arXiv 2403.00409): DPO's loss, unbiased where a share of preferences is swapped."""
+    logits = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    unbiased = -(1 - label_smoothing) * logsigmoid(logits) + label_smoothing * logsigmoid(-logits)
+    return _mean(unbiased / (1 - 2 * label_smoothing), num_pairs)
+
+
+def dpo_norm(
+    chosen, rejected, chosen_tokens, rejected_tokens, ref_chosen, ref_rejected,
+    *, beta=5.0, label_smoothing=0.0, num_pairs=None,
+):  # fmt: skip
+    """Lambert et al. 2024 (Tulu 3, arXiv 2411.15124): DPO of log-ratios divided by the outputs' tokens."""
+    margins = (chosen - ref_chosen) / chosen_tokens - (rejected - ref_rejected) / rejected_tokens
+    return _mean(_cross_entropy(beta * margins, label_smoothing), num_pairs)
+
+
+def ipo(
+    chosen, rejected, chosen_tokens, rejected_tokens, ref_chosen, ref_rejected, *, beta=0.1, num_pairs=None
+):  # fmt: skip
+    """Azar et al. 2023 (arXiv 2310.12036), Eq. 17: (h - 1 / (2 beta))^2, `beta` being their tau.
+
+    h is a difference of log-ratios a token, as TRL has it on its authors' word; the equation itself has sums.
+    """
+    margins = (chosen - ref_chosen) / chosen_tokens - (rejected - ref_rejected) / rejected_tokens
+    return _mean((margins - 1 / (2 * beta)) ** 2, num_pairs)
+
+
+def hinge(chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1, num_pairs=None):
+    """max(0, 1 - beta h): SLiC-HF's hinge (Zhao et al. 2023, arXiv 2305.10425) of DPO's margin, as Liu et al. 2023
+    (RSO, arXiv 2309.06657) have it."""
+    margins = (chosen - ref_chosen) - (rejected - ref_rejected)
+    return _mean((1 - beta * margins).clamp(min=0), num_pairs)
+
+
+def apo_zero(chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1, num_pairs=None):
+    """D'Oosterlinck et al. 2024 (arXiv 2408.06266), Eq. 7: preferred outputs up, dis-preferred ones down."""
+    return _mean(
+        1 - torch.sigmoid(beta * (chosen - ref_chosen)) + torch.sigmoid(beta * (rejected - ref_rejected)), num_pairs
+    )
+
+
+def apo_down(chosen, rejected, ref_chosen, ref_rejected, *, beta=0.1, num_pairs=None):
+    """D'Oosterlinck et al. 2024 (arXiv 2408.06266), Eq. 8: both down, the dis-preferred ones further."""
+    r_chosen, r_rejected = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    return _mean(torch.sigmoid(r_chosen) + 1 - torch.sigmoid(r_chosen - r_rejected), num_pairs)
+
+
+def simpo(chosen, rejected, chosen_tokens, rejected_tokens, *, beta=2.0, gamma=1.0, num_pairs=None):
+    """Meng et al. 2024 (arXiv 2405.14734), Eq. 6: -log s(beta logp(w) / |w| - beta logp(l) / |l| - gamma)."""
+    return _mean(-logsigmoid(beta * (chosen / chosen_tokens - rejected / rejected_tokens) - gamma), num_pairs)
+
+
+def cpo_simpo(
+    chosen, rejected, chosen_tokens, rejected_tokens,
+    *, beta=2.0, gamma=1.0, alpha=1.0, num_pairs=None, num_tokens=None,
+):  # fmt: skip
+    """SimPO's preference term with CPO's NLL term (a joint proposal of both papers' authors): simpo + alpha NLL(w)."""
+    preference = simpo(chosen, rejected, chosen_tokens, rejected_tokens, beta=beta, gamma=gamma, num_pairs=num_pairs)
+    return preference + alpha * sft(chosen, chosen_tokens, num_tokens=num_tokens)
+
+
+def orpo(
+    chosen, rejected, chosen_tokens, rejected_tokens, *, beta=0.1, num_pairs=None, num_tokens=None
+):  # fmt: skip
+    """Hong et al. 2024 (arXiv 2403.07691), Eqs. 6 and 7: NLL(w) - beta log s(log odds(w) - log odds(l)).
+
+    `beta` is their lambda, odds(y) = P(y) / (1 - P(y)) with P(y) = exp(logp(y) / |y|). The NLL is the mean over the
+    tokens of the preferred outputs, as in the other losses here; TRL's also scores the prompt.
+    """
+    means = chosen / chosen_tokens, rejected / rejected_tokens
+    log_odds = [mean - torch.log(-torch.expm1(mean.clamp(max=-1e-7))) for mean in means]  # P = 1 has no odds
+    return sft(chosen, chosen_tokens, num_tokens=num_tokens) + beta * _mean(
+        -logsigmoid(log_odds[0] - log_odds[1]), num_pairs
+    )
+
+
 LOSSES = {
     "sft": Loss(sft, "negative log-likelihood of the preferred outputs (Eq. 4)"),
     "dpo": Loss(dpo, "direct preference optimisation (Eq. 5)"),
     "cpo": Loss(cpo, "contrastive preference optimisation with its NLL term (Eqs. 6 and 8)"),
     "kto": Loss(kto, "Kahneman-Tversky optimisation (Eqs. 9 to 13)"),
     "kto_pair": Loss(kto_pair, "TRL 0.8's kto_pair, the loss that the paper's authors ran as DPO"),
+    "simpo": Loss(simpo, "simple preference optimisation (Meng et al. 2024)", rewards_per_token=True),
+    "cpo_simpo": Loss(cpo_simpo, "SimPO with CPO's NLL term", rewards_per_token=True),
+    "orpo": Loss(orpo, "odds ratio preference optimisation (Hong et al. 2024)", rewards_per_token=True),
+    "ipo": Loss(ipo, "identity preference optimisation, a token (Azar et al. 2023)", rewards_per_token=True),
+    "hinge": Loss(hinge, "hinge of DPO's margin (SLiC-HF, Zhao et al. 2023; RSO, Liu et al. 2023)"),
+    "robust_dpo": Loss(robust_dpo, "DPO, unbiased under swapped preferences (Chowdhury et al. 2024)"),
+    "dpo_norm": Loss(dpo_norm, "length-normalised DPO (Tulu 3, Lambert et al. 2024)", rewards_per_token=True),
+    "apo_zero": Loss(apo_zero, "anchored preference optimisation, zero (D'Oosterlinck et al. 2024)"),
+    "apo_down": Loss(apo_down, "anchored preference optimisation, down (D'Oosterlinck et al. 2024)"),
 }
