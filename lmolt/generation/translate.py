@@ -23,11 +23,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import AutoConfig
 
 from lmolt.generation.decoding import beam_search, decode, end_ids, read_prefix
 from lmolt.generation.journal import Journal, read_journal
-from lmolt.models.loading import check_model_folder, load_base, load_tokenizer
+from lmolt.models.loading import check_model_folder, load_base, load_seq2seq, load_tokenizer
 from lmolt.prompts import build_prompt, encode_prompt
 
 
@@ -70,7 +70,7 @@ def load_translator(
     elif load_in_4bit:
         raise ValueError(f"{name!r} is an encoder-decoder ({config.model_type}); 4-bit is for causal models here")
     else:
-        model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = load_seq2seq(name, dtype=dtype, trust_remote_code=trust_remote_code)
     if adapter is not None:
         if Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").exists():
             raise FileNotFoundError(f"{adapter!r} holds no adapter_config.json; give the folder of a PEFT adapter")

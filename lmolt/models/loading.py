@@ -1,16 +1,31 @@
 """Load a policy: base model, 4-bit quantisation, LoRA adapter (new, or one that training continues)."""
 
+import os
+import pickle
+import re
+import zipfile
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.distributed.fsdp import is_fsdp_enabled
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.pytorch_utils import Conv1D
 
 from lmolt.models.attention import TREE
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"}  # as PEFT knows the parts of an expert
+
+
+def say(line: str) -> None:
+    """Print a line, on the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
 
 
 def nf4(half: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
@@ -57,9 +72,11 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
 
 def load_base(name: str, *, revision=None, load_in_4bit=False, dtype=torch.bfloat16, trust_remote_code=False):
-    """A causal LM, in NF4 or in `dtype`, on this process's device. User's mistakes raise `ValueError`."""
-    check_model_folder(name)
-    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    """A causal LM, in NF4 or in `dtype`, on this process's device. User's mistakes raise `ValueError`.
+
+    Its attention is `TREE` where its class takes an attention function, else the class's own, "eager".
+    """
+    config = _config(name, revision, trust_remote_code)
     if config.is_encoder_decoder:
         raise ValueError(f"{name!r} is an encoder-decoder ({config.model_type}); preference training takes causal LMs")
     stored = getattr(config, "quantization_config", None)
@@ -70,21 +87,103 @@ def load_base(name: str, *, revision=None, load_in_4bit=False, dtype=torch.bfloa
         )
     half = torch.float16 if dtype == torch.float16 else torch.bfloat16  # GPUs before Ampere have no bf16
     kwargs = {"quantization_config": nf4(half)} if load_in_4bit else {}
-    if load_in_4bit and torch.cuda.is_available():
-        kwargs["device_map"] = {"": torch.cuda.current_device()}
-    model = AutoModelForCausalLM.from_pretrained(
-        name,
-        revision=revision,
-        dtype=dtype,
-        attn_implementation=TREE,
-        trust_remote_code=trust_remote_code,
-        **kwargs,
-    )
-    if not model._supports_attention_backend or getattr(config, "attn_logit_softcapping", None) is not None:
-        model.set_attn_implementation("eager")  # BLOOM's ALiBi, Gemma 2's soft cap: no mask of ours fits
+    if torch.cuda.is_available() and not is_deepspeed_zero3_enabled() and (load_in_4bit or not is_fsdp_enabled()):
+        kwargs["device_map"] = {"": torch.cuda.current_device()}  # else each process fills the machine's memory first
+    kwargs |= {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype}
+    model = _load(AutoModelForCausalLM, name, config, _attention(AutoModelForCausalLM, config), **kwargs)
     if load_in_4bit and not any(type(module).__name__ == "Linear4bit" for module in model.modules()):
         raise ValueError(f"{name!r} ({config.model_type}) has no linear layer to quantise; use --load_in_4bit false")
     return model
+
+
+def load_seq2seq(name: str, *, dtype=torch.float32, trust_remote_code=False):
+    """An encoder-decoder in `dtype`, with the attention that its class chooses. User's mistakes raise `ValueError`."""
+    config = _config(name, None, trust_remote_code)
+    return _load(AutoModelForSeq2SeqLM, name, config, None, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _config(name: str, revision: str | None, trust_remote_code: bool):
+    check_model_folder(name)
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # a config.json that is no object, or lacks what its type has
+        raise ValueError(f"model {name!r}: its config.json can't be read: {type(error).__name__} {error}") from error
+
+
+def _attention(auto, config) -> str:
+    """What a class can take: `TREE` where its layers call an attention function by name, else "eager", its own.
+
+    Code that comes with a model is not looked into: eager.
+    """
+    classes = auto._model_mapping.get(type(config), ())
+    classes = classes if isinstance(classes, tuple | list) else (classes,)
+    takes_ours = lambda c: c._supports_attention_backend and c._can_set_attn_implementation() and c._supports_sdpa
+    return TREE if classes and all(map(takes_ours, classes)) else "eager"
+
+
+def _load(auto, name: str, config, attention: str | None, **kwargs):
+    """The model with all of its weights, and the attention that was asked for: `ValueError` where anything differs."""
+    if attention is not None:
+        kwargs["attn_implementation"] = attention
+    try:
+        # a weight of another shape would be an error without a name; the report names it
+        model, report = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"model {name!r}: its pytorch_model.bin holds more than tensors, so it isn't read (torch.load with "
+            "weights_only); take a model in safetensors"
+        ) from error
+    except (SafetensorError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"model {name!r}: its weights are cut off or damaged ({error}); download them again"
+        ) from error
+    except (RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"model {name!r} ({config.model_type}) can't be loaded: {type(error).__name__} {error}"
+        ) from error
+    check_weights(name, model, report)
+    if attention is not None and model.config._attn_implementation != attention:
+        raise ValueError(
+            f"model {name!r} ({config.model_type}) was asked to load with {attention} attention and has "
+            f"{model.config._attn_implementation}; its numbers could not be trusted"
+        )
+    return model
+
+
+def check_weights(name: str, model, report: dict) -> None:
+    """`ValueError` that names what a checkpoint lacks, or holds without a place, or in another shape than the model."""
+    wrong = {
+        "has no weight for": sorted(report["missing_keys"]),
+        "holds weights that the model has no place for": sorted(
+            key for key in report["unexpected_keys"] if not _harmless(key, model.config)
+        ),
+        "holds other shapes for": [
+            f"{key} {list(held)} instead of {list(wanted)}" for key, held, wanted in sorted(report["mismatched_keys"])
+        ],
+    }
+    found = [f"{what} {', '.join(keys[:3])} ({len(keys)} in all)" for what, keys in wrong.items() if keys]
+    found += list(map(str, report.get("error_msgs") or ()))
+    if found:
+        raise ValueError(
+            f"model {name!r} ({model.config.model_type}) {'; it '.join(found)}: config.json and weights don't belong "
+            "together, or a file is missing. What lacks would be random numbers"
+        )
+
+
+def _harmless(key: str, config) -> bool:
+    """Whether a weight that no module takes changes nothing: a buffer computed from the config, a head that is tied."""
+    tied = config.get_text_config(decoder=True).tie_word_embeddings and re.search(
+        r"(^|\.)(lm_head|embed_out)\.weight$", key
+    )
+    return bool(
+        tied or re.search(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|masked_bias)$", key)
+    )
 
 
 def add_adapter(
@@ -107,10 +206,37 @@ def add_adapter(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=target_modules,
+        target_modules=_targets(model, target_modules),
         bias="none",
     )
     return get_peft_model(model, config, revision=revision)
+
+
+def _targets(model, target_modules: str) -> str | list[str]:
+    """What PEFT is to adapt: names with commas as a list; of all linear layers, those that text passes through.
+
+    Left out, aloud: vision and audio towers, whose adapters would never be trained; and experts that are fused in one
+    tensor, with the layers beside them that PEFT takes for experts: PEFT adapts such tensors without dropout only, and
+    an adapter on them can't be folded.
+    """
+    if target_modules.lower() != "all-linear":
+        return [part.strip() for part in target_modules.split(",") if part.strip()]
+    decoder = model.get_decoder()
+    of_text = {id(module) for module in decoder.modules()}
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+    linear = {name: m for name, m in linear.items() if m is not model.get_output_embeddings()}
+    text = [name for name, module in linear.items() if id(module) in of_text]
+    fused = any(p.ndim == 3 and re.search(r"experts\b", name) for name, p in decoder.named_parameters())
+    kept = [name for name in text if not (fused and name.rpartition(".")[2] in EXPERTS)]
+    if len(text) < len(linear):
+        others = len(linear) - len(text)
+        say(f"adapter: on the {len(text)} linear layers of the text model; {others} of other towers have none")
+    if fused:
+        say(
+            f"adapter: on {len(kept)} linear layers, none on the experts (fused in one tensor a layer)"
+            + f" nor on {len(text) - len(kept)} layers beside them" * (len(kept) < len(text))
+        )
+    return target_modules if kept == list(linear) and not fused else kept
 
 
 def check_saved_adapter(folder: Path, model) -> None:
