@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from lmolt.models import loading
+from lmolt.models.attention import Tiles
 from lmolt.training import batches
 from lmolt.training.batches import StepBatchSampler, balance
 from lmolt.training.trainer import PreferenceArguments, PreferenceTrainer
@@ -181,8 +182,8 @@ def test_long_rows_are_an_error_or_counted(tiny_policy, few_triples):
 
 def test_a_mask_that_the_model_ignores_is_refused(tiny_policy, few_triples, tmp_path, monkeypatch):
     trainer = make_trainer(tiny_policy, few_triples, tmp_path)
-    see_all = lambda tree, window=None: torch.ones(1, 1, *[len(tree.subtree_end)] * 2, dtype=torch.bool).tril()
-    monkeypatch.setattr("lmolt.models.tree.Tree.attention_mask", see_all)
+    bias = Tiles.bias
+    monkeypatch.setattr(Tiles, "bias", lambda *args: [0 * b.clamp(min=-1) for b in bias(*args)])  # each sees all
     with pytest.raises(ValueError, match="--packing padded"):
         trainer.train()
 

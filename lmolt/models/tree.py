@@ -14,39 +14,48 @@ Logits exist for scored positions only (those whose next token belongs to an out
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lmolt.models.attention import TREE, cut_into_blocks
+from lmolt.models.attention import TREE, Shapes, Tiles, check_row, cut, layer_kinds
 
 IGNORED = -100
 
 
+# The attention's shapes in training and, apart, in passes without gradient (references, evaluation): whether those
+# are made or found on disk doesn't change how training rounds.
+SHAPES = {True: Shapes(), False: Shapes()}
+
+
 @dataclass
 class Tree:
-    """One packed row of T tokens that holds N sequences with S scored tokens."""
+    """One packed row of T tokens that holds N sequences with S scored tokens, as arrays on the CPU."""
 
-    input_ids: torch.Tensor  # (1, T)
-    position_ids: torch.Tensor  # (1, T), depth in the tree
-    subtree_end: torch.Tensor  # (T,), index after the last descendant
-    predictors: torch.Tensor  # (S,), the position whose logits predict the scored token
-    targets: torch.Tensor  # (S,), the scored token
-    members: torch.Tensor  # (2, M): scored token members[0, m] belongs to sequence members[1, m]
-    num_tokens: torch.Tensor  # (N,), scored tokens of each sequence (the EOS counted, the prompt not)
+    input_ids: np.ndarray  # (T,)
+    position_ids: np.ndarray  # (T,), depth in the tree
+    subtree_end: np.ndarray  # (T,), index after the last descendant
+    predictors: np.ndarray  # (S,), the position whose logits predict the scored token
+    targets: np.ndarray  # (S,), the scored token
+    members: np.ndarray  # (2, M): scored token members[0, m] belongs to sequence members[1, m]
+    num_tokens: np.ndarray  # (N,), scored tokens of each sequence (the EOS counted, the prompt not)
+    device: torch.device | str = "cpu"  # where it is to be scored
 
     def to(self, device) -> "Tree":
-        return Tree(**{name: value.to(device) for name, value in vars(self).items()})
+        """The tree, to be scored on `device`: `tree_logps` brings it there in one copy, with the attention's tiles."""
+        return replace(self, device=device)
 
-    def attention_mask(self, sliding_window: int | None = None) -> torch.Tensor:
-        """Boolean (1, 1, T, T), True where the query (dimension 2) sees the key (dimension 3)."""
-        index = torch.arange(len(self.subtree_end), device=self.subtree_end.device)
+    def attention_mask(self, window: int | None = None, chunk: int | None = None) -> np.ndarray:
+        """Boolean (T, T), True where the query (row) sees the key (column). For models without tiles, and tests."""
+        index, depth = np.arange(len(self.subtree_end)), self.position_ids
         visible = (index[None, :] <= index[:, None]) & (index[:, None] < self.subtree_end[None, :])
-        if sliding_window is not None:  # along one path, depth is the position that the window is counted in
-            depth = self.position_ids[0]
-            visible &= depth[:, None] - depth[None, :] < sliding_window
-        return visible[None, None]
+        if window is not None:  # along one path, depth is the position that the window is counted in
+            visible &= depth[:, None] - depth[None, :] < window
+        if chunk is not None:
+            visible &= depth[:, None] // chunk == depth[None, :] // chunk
+        return visible
 
 
 def build_tree(sequences: list[tuple[list[int], list[int]]]) -> Tree:
@@ -86,41 +95,68 @@ def build_tree(sequences: list[tuple[list[int], list[int]]]) -> Tree:
     for position in path:
         subtree_end[position] = len(tokens)
     return Tree(
-        input_ids=torch.tensor([tokens]),
-        position_ids=torch.tensor([depth]),
-        subtree_end=torch.tensor(subtree_end),
-        predictors=torch.tensor(parent_of_scored),
-        targets=torch.tensor([tokens[position] for position in scored_index]),
-        members=torch.tensor(members),
-        num_tokens=torch.tensor([len(output) for _, output in sequences]),
+        input_ids=np.array(tokens),
+        position_ids=np.array(depth),
+        subtree_end=np.array(subtree_end),
+        predictors=np.array(parent_of_scored),
+        targets=np.array([tokens[position] for position in scored_index]),
+        members=np.array(members),
+        num_tokens=np.array([len(output) for _, output in sequences]),
     )
 
 
-def tree_logps(model, tree: Tree, score_chunk: int = 256) -> torch.Tensor:
+def tree_logps(model, tree: Tree, score_chunk: int | None = None) -> torch.Tensor:
     """Summed log-probability of each sequence's output, (N,) summed in float64, from one forward pass of `model`.
 
-    `model` may be wrapped (DDP, DeepSpeed, FSDP, PEFT): the pass goes through its own `forward`.
+    `model` may be wrapped (DDP, DeepSpeed, FSDP, PEFT): the pass goes through its own `forward`. `score_chunk`
+    positions have logits at one time; by default 1,024 on an accelerator (fewer passes over the head's weights than
+    its memory is fast) and 256 on a CPU (whose caches they leave).
     """
     config = getattr(model, "module", model).config  # a DeepSpeed engine's own `config` is another
-    mask = tree.attention_mask(getattr(config, "sliding_window", None))
+    text = config.get_text_config()
+    device = torch.device(tree.device)
+    kinds = layer_kinds(text)
+    check_row(text, len(tree.input_ids))
+    arrays = {name: value for name, value in vars(tree).items() if name not in ("device", "subtree_end")}
+    tiled = config._attn_implementation == TREE
+    if tiled:
+        calls, index = cut(tree.subtree_end, SHAPES[torch.is_grad_enabled()])
+        arrays |= index
+    sent = _send(arrays, device)
     inputs = {
-        "input_ids": tree.input_ids,
-        "position_ids": tree.position_ids,
-        "attention_mask": mask,
-        "logits_to_keep": tree.predictors,
+        "input_ids": sent["input_ids"][None],
+        "position_ids": sent["position_ids"][None],
+        "logits_to_keep": sent["predictors"],
         "use_cache": False,
     }
-    if config._attn_implementation == TREE:
-        inputs["tree_blocks"] = cut_into_blocks(tree.subtree_end, mask)
-    head = _output_head(model)
-    if _scales_logits(config) or type(head).forward is not torch.nn.Linear.forward:  # FSDP derives a class of its own
-        scored = _gather_logps(model(**inputs).logits[0], tree.targets)
+    if tiled:
+        inputs["tree_blocks"] = Tiles(calls, sent, sent["position_ids"], list(kinds.values()))
+        # of no content: by its size the attention knows which mask the model chose for a layer
+        masks = {kind: torch.empty(1, 1, 1, 1 + i, dtype=torch.bool, device=device) for i, kind in enumerate(kinds)}
     else:
-        with _head_that_scores(head, tree.targets, score_chunk):
+        masks = {kind: torch.from_numpy(tree.attention_mask(*limits))[None, None] for kind, limits in kinds.items()}
+        masks = {kind: mask.to(device) for kind, mask in masks.items()}
+    inputs["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
+    if score_chunk is None:
+        score_chunk = 256 if device.type == "cpu" else 1024
+    head = _output_head(model)
+    if _scales_logits(text) or type(head).forward is not torch.nn.Linear.forward:  # FSDP derives a class of its own
+        scored = _gather_logps(model(**inputs).logits[0], sent["targets"])
+    else:
+        with _head_that_scores(head, sent["targets"], score_chunk):
             scored = model(**inputs).logits[0, :, 0]  # (S,), log-probabilities in the place of logits
     scored = scored.double()  # sums of a hundred terms near -6 lose 1e-4 in fp32, as much as a close margin
     total = scored.new_zeros(len(tree.num_tokens))
-    return total.index_add(0, tree.members[1], scored[tree.members[0]])
+    return total.index_add(0, sent["members"][1], scored[sent["members"][0]])
+
+
+def _send(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+    """Integer arrays as tensors on `device`, in one copy."""
+    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays.values()]).astype(np.int64, copy=False))
+    if device.type == "cuda":
+        flat = flat.pin_memory()  # else the copy would wait for the device
+    parts = flat.to(device, non_blocking=True).split([array.size for array in arrays.values()])
+    return {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}
 
 
 def padded_logps(model, sequences: list[tuple[list[int], list[int]]]) -> torch.Tensor:
@@ -199,7 +235,7 @@ def _linear_logps(hidden, weight, bias, targets):
 class _FrozenHeadLogps(torch.autograd.Function):
     """log softmax(W h + b)[target] for a head that is not trained, without keeping its logits.
 
-    With p = softmax(W h + b) the gradient is `d logp / d h = W[target] - p W`, which the forward pass can compute
+    With p = softmax(W h + b) the gradient is `d logp / d h = (onehot - p) W`, which the forward pass can compute
     while it holds a chunk's logits: what is kept is (S, H) instead of (S, V), and nothing is computed twice.
     """
 
@@ -217,7 +253,9 @@ class _FrozenHeadLogps(torch.autograd.Function):
             total = exponentials.sum(1, keepdim=True)
             logps[0, part] = of_targets - total.log()
             if need_gradient:
-                gradient[part] = weight[targets[part]] - (exponentials.to(weight.dtype) @ weight) / total
+                # p - onehot before the cast: of a token near certain, bf16 would keep nothing of W[target] - p W
+                exponentials.scatter_add_(1, targets[part, None], -total)
+                gradient[part] = (exponentials.to(weight.dtype) @ weight) / -total
         if need_gradient:
             ctx.save_for_backward(gradient)
         return logps

@@ -14,7 +14,8 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from lmolt.distributed import strategy
 from lmolt.files import cache_folder
-from lmolt.models.attention import TREE
+from lmolt.models import tree
+from lmolt.models.attention import TREE, Shapes
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
 from lmolt.training import checkpoints, reference
 from lmolt.training.arguments import PreferenceArguments
@@ -83,6 +84,7 @@ class PreferenceTrainer(Trainer):
         self.efficiency = Efficiency(model)
         self.statistics = Statistics(args)
         self._first_batch_checked = False
+        tree.SHAPES.update({True: Shapes(), False: Shapes()})  # this run's own, whatever ran in this process before
 
     # --- batches
 
@@ -141,9 +143,9 @@ class PreferenceTrainer(Trainer):
         if self.args.packing == "padded":
             self.efficiency.count_padded(sequences)
             return padded_logps(model, sequences)
-        tree = build_tree(sequences)
-        self.efficiency.count(tree.input_ids.numel(), int(tree.num_tokens.sum()))
-        return tree_logps(model, tree.to(self.args.device), self.args.score_chunk)
+        packed = build_tree(sequences)
+        self.efficiency.count(packed.input_ids.size, int(packed.num_tokens.sum()))
+        return tree_logps(model, packed.to(self.args.device), self.args.score_chunk)
 
     def _reference(self, batch: MicroBatch, column: int) -> torch.Tensor:
         values = [example.reference[column] for example in batch.examples]
@@ -254,6 +256,18 @@ class PreferenceTrainer(Trainer):
         super()._save(output_dir, state_dict)
         # Trainer pickles its arguments; they stand in run.json, as text
         (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_rng_state(self, output_dir):
+        """What makes a resumed run the same to the bit: random states, and the shapes its attention was computed in."""
+        super()._save_rng_state(output_dir)
+        file = Path(output_dir) / f"attention_shapes_{self.args.process_index}.json"
+        file.write_text(json.dumps(tree.SHAPES[True].entries))
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        file = Path(checkpoint or "") / f"attention_shapes_{self.args.process_index}.json"
+        if checkpoint is not None and file.exists():
+            tree.SHAPES[True].entries = [tuple(shape) for shape in json.loads(file.read_text())]
 
     def _save_checkpoint(self, model, trial):
         """Save, seal with a manifest, and only then delete older checkpoints."""
