@@ -110,8 +110,7 @@ demo() {
     local models=$DEMO/models train="scripts/train_pref.py --recipe recipes/demo.yaml --resume_from_checkpoint true"
     stage "pairs and stand-in models" "$models/finished" python -m lmolt.demo.build
     stage "triples" "$DEMO/triples.parquet" \
-        launch scripts/make_triples.py --pairs demo --fraction 0.3 --max_new_tokens 128 \
-        --mol2cap_model "$models/t5_mol2cap" --cap2mol_model "$models/t5_cap2mol" --output "$DEMO/triples.parquet"
+        launch scripts/make_triples.py --recipe recipes/demo_triples.yaml
     # shellcheck disable=SC2086  # $train is several words
     stage "CPO" "$DEMO/cpo/adapter_model.safetensors" launch $train --output_dir "$DEMO/cpo"
     stage "SLERP 19:1" "$DEMO/slerp/config.json" \

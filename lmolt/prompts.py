@@ -2,6 +2,7 @@
 
 MOL2CAP, CAP2MOL = "mol2cap", "cap2mol"
 DIRECTIONS = (MOL2CAP, CAP2MOL)
+COLUMNS = {MOL2CAP: ("molecule", "caption"), CAP2MOL: ("caption", "molecule")}  # of a pair: source, target
 
 _PREAMBLE = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "

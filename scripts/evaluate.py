@@ -7,11 +7,12 @@
     python scripts/evaluate.py --compare runs/start CPO=runs/aligned --baseline start --output runs/compared
     python scripts/evaluate.py --predictions runs/start/predictions.parquet --direction cap2mol --output runs/again
 
-(as printed once ./launch.sh has made runs/demo). Pairs: demo, a .csv/.tsv/.jsonl/.parquet file with molecule and
-caption, or a Hub data set. Systems: the paper's, with their prompts and stop rules, are in recipes/systems.yaml.
-Predictions: the reference scripts' tables (tab-separated: SMILES or description, ground truth, output), .parquet/.jsonl
-with source, reference and prediction, or one output a line beside --pairs. Writes predictions.parquet, scores.parquet,
-report.md, report.html, figures and, last, metrics.json to --output; a run that was killed goes on where it was.
+(as printed once ./launch.sh has made runs/demo). Pairs: demo, which is made if it isn't there, a .csv/.tsv/.jsonl/
+.parquet file with molecule and caption, or a Hub data set. Systems: the paper's, with their prompts and stop rules, are
+in recipes/systems.yaml. Predictions: the reference scripts' tables (tab-separated: SMILES or description, ground truth,
+output), .parquet/.jsonl with source, reference and prediction, or one output a line beside --pairs. Writes
+predictions.parquet, scores.parquet, report.md, report.html, figures and, last, metrics.json to --output; a run that was
+killed goes on where it was.
 --push_to_hub --hub_model_id OWNER/NAME puts the metrics on that model's card.
 """
 
@@ -160,6 +161,15 @@ def translated(args: argparse.Namespace, system: System | None, pairs: list[dict
     return rows
 
 
+def build_demo() -> None:
+    """Make the embedded default's pairs, if they aren't there."""
+    from lmolt.demo.build import pairs
+    from lmolt.generation.translate import process_state
+
+    with process_state().main_process_first():
+        pairs()
+
+
 def compare(args: argparse.Namespace) -> None:
     from lmolt.report.report import read_run, write_report
     from lmolt.report.tables import to_markdown
@@ -188,6 +198,8 @@ def evaluate(args: argparse.Namespace) -> None:
     # ---- outputs: made now, or made before
     counts = defaultdict(Counter)  # what was odd about the data, by direction
     system = read_system(args.system, args.systems) if args.system else None
+    if args.pairs == "demo":
+        build_demo()
     pairs = chosen_pairs(args, counts[CAP2MOL]) if args.pairs else None  # what reading counts concerns molecules
     rows = [] if args.predictions else translated(args, system, pairs, counts)
     if not FIRST_PROCESS:

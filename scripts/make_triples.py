@@ -1,6 +1,6 @@
 """Make preference triples: pairs as the preferred outputs, a translator's outputs as the dis-preferred ones.
 
-    python scripts/make_triples.py --pairs demo --output runs/triples.parquet
+    python scripts/make_triples.py --recipe recipes/demo_triples.yaml
     accelerate launch scripts/make_triples.py --pairs lpm24 --exclude lpm24 --output runs/lpm24.parquet \\
         --mol2cap_model language-plus-molecules/molt5-large-smiles2caption-LPM24 \\
         --cap2mol_model language-plus-molecules/molt5-large-caption2smiles-LPM24
@@ -10,8 +10,9 @@
 Pairs: demo, lpm24 (L+M-24) or chebi20 from the Hub, a .csv/.tsv/.jsonl/.parquet file with molecule and caption, a
 folder of ChEBI-20's files, or another Hub data set. A --fraction of them is taken by --seed and split half and half
 between the directions, so that no pair is in both (--same_pairs: all in both).
-Models: causal or sequence-to-sequence, a folder or a Hub id; with --pairs demo they default to the demo's. Outputs that
-exist: a .txt with one a line for each pair of --pairs (and --split), or a table with `id` and `prediction` or `output`.
+Models: causal or sequence-to-sequence, a folder or a Hub id; with --pairs demo they default to the demo's, and what
+runs/demo lacks of pairs and models is built first. Outputs that exist: a .txt with one a line for each pair of --pairs
+(and --split), or a table with `id` and `prediction` or `output`.
 An output that is empty, or equal to the preferred one, makes no triple; of several candidates (a table's rows of one
 id, or --num_candidates) the hardest does, the wrong one closest to the preferred. Writes the triples and, beside them,
 a summary (.json, .png). What a killed run has translated stays in OUTPUT.journal: the same command goes on from it.
@@ -36,7 +37,8 @@ from importlib.metadata import version
 
 from lmolt import __version__
 from lmolt.files import run_main
-from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP
+from lmolt.prompts import CAP2MOL, COLUMNS, DIRECTIONS, MOL2CAP
+from lmolt.recipes import apply_recipe
 
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # as accelerate launch numbers them; it alone prints and writes
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "rdkit")
@@ -44,6 +46,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "rdkit")
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", help="YAML file of defaults for these flags")
     parser.add_argument("--pairs", required=True, help="demo, lpm24, chebi20, a file, a folder, or a Hub data set")
     parser.add_argument(
         "--output", type=Path, required=True, help="triples, .parquet or .jsonl; replaced when finished"
@@ -81,6 +84,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     invalid.add_argument("--drop_invalid", action="store_true", help="make no triple of them")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: float32 on a CPU")
     parser.add_argument("--trust_remote_code", action="store_true")
+    apply_recipe(parser, argv)
     args = parser.parse_args(argv)
     args.directions = [direction for direction in DIRECTIONS if direction in args.directions]
     for direction in args.directions:
@@ -133,7 +137,6 @@ def pairs_by_direction(args: argparse.Namespace, counts: Counter) -> dict[str, l
 
 def fitting_prompts(args: argparse.Namespace, direction: str, pairs: list[dict], counts: Counter):
     """Pairs whose prompt fits the direction's model, and the prompts; read from its folder before it is loaded."""
-    from lmolt.data.negatives import COLUMNS
     from lmolt.generation.translate import load_config, over_limit, prompts_for, refuse_over_limit
 
     config, tokenizer = load_config(getattr(args, f"{direction}_model"), args.trust_remote_code)
@@ -169,7 +172,7 @@ def summary(args: argparse.Namespace, pairs: dict, models: dict, counts: Counter
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     say = print if FIRST_PROCESS else lambda *_: None
-    from lmolt.data.negatives import describe, figure, table, triples_of
+    from lmolt.data.negatives import describe, table, triples_of
     from lmolt.data.triples import write_triples
 
     # --- pairs of each direction; a place that can't be written to is found before them
@@ -177,7 +180,7 @@ def main(argv: list[str]) -> None:
     if args.output.is_dir():
         raise ValueError(f"--output {args.output}: is a folder; name the file, such as {args.output}/triples.parquet")
     counts = Counter()
-    if args.pairs == "demo":
+    if "demo" in (args.pairs, *args.exclude):
         use_demo(args)
     pairs = pairs_by_direction(args, counts)
     say(f"reads {args.pairs}: " + ", ".join(f"{len(pairs[direction])} pairs for {direction}" for direction in pairs))
@@ -210,8 +213,9 @@ def main(argv: list[str]) -> None:
     if not FIRST_PROCESS:
         return
     from lmolt.files import write_whole
+    from lmolt.report.figures import triples_figure
 
-    write_whole(args.output.with_suffix(".png"), figure(triples, similarities))
+    write_whole(args.output.with_suffix(".png"), triples_figure(triples, similarities))
     write_triples(triples, args.output)
     record = summary(args, pairs, models, counts, described)
     write_whole(args.output.with_suffix(".json"), json.dumps(record, indent=1, ensure_ascii=False))
@@ -224,17 +228,19 @@ def main(argv: list[str]) -> None:
 
 def use_demo(args: argparse.Namespace) -> None:
     """Build what the embedded default lacks, and take its T5s where no other translator is named."""
+    from lmolt.data.pairs import DEMO
     from lmolt.demo import build
     from lmolt.generation.translate import process_state
 
-    wanted = [d for d in args.directions if not (getattr(args, f"{d}_model") or getattr(args, f"{d}_outputs"))]
+    given = lambda direction: getattr(args, f"{direction}_model") or getattr(args, f"{direction}_outputs")
+    wanted = [direction for direction in args.directions if args.pairs == "demo" and not given(direction)]
     with process_state().main_process_first():
         if wanted:
             build.build_models()
         else:
             build.pairs()
     for direction in wanted:
-        setattr(args, f"{direction}_model", str(ROOT / "runs" / "demo" / "models" / f"t5_{direction}"))
+        setattr(args, f"{direction}_model", str(DEMO / "models" / f"t5_{direction}"))
 
 
 def translations(args: argparse.Namespace, direction: str, prompts: list[str], journal: Path):

@@ -100,21 +100,20 @@ def scales() -> dict[str, Scale]:
         ),
     )
     # the embedded default's own settings, but the loss
+    triples = flags("python scripts/make_triples.py --recipe recipes/demo_triples.yaml")
     ours = yaml.safe_load((RECIPES / "demo.yaml").read_text(encoding="utf-8"))
     ours = [f"--{key}={value}" for key, value in ours.items() if key not in ("loss", "model")]
-    stand_ins = ["python", "-c", "from lmolt.demo import build; build.prepare()"]
     demo = Scale(
         systems="recipes/systems_demo.yaml",
         folder="runs/paper_demo",
         base="runs/demo/models/base",
         fuse=[],
-        triples=Stage("triples", "runs/demo/triples.parquet", stand_ins, hours=0.06),
+        triples=Stage("triples", "runs/demo/triples.parquet", triples, ["stand-ins"], hours=0.02),
         train=[*ours, *flags("--max_steps 100")],
         evaluate=flags("--pairs runs/demo/pairs.parquet --limit 100 --max_new_tokens 128 --n_bootstrap 200"),
     )
-    stand_ins = [*stand_ins[:2], "from lmolt import demo; build.prepare(scale='tiny')"]
     tiny = demo._replace(
-        triples=Stage("triples", "runs/demo/triples.parquet", stand_ins),
+        triples=demo.triples._replace(command=[*triples, *flags("--fraction 0.5 --max_new_tokens 16")], hours=0),
         train=[*ours, *flags("--max_steps 1")],
         evaluate=flags(
             "--pairs runs/demo/pairs.parquet --limit 6 --max_new_tokens 4 --n_bootstrap 10 --n_shuffles 2 --no_fcd"
@@ -131,7 +130,10 @@ def plan(name: str, only: list[str] | None = None, trust_remote_code: bool = Fal
     rows = {row: system for row, system in rows.items() if trust_remote_code or not system.trust_remote_code}
     rows = {row: system for row, system in rows.items() if not only or row in only or row == "meditron"}
     folder, full = scale.folder, name == "paper"
-    stages, first = [scale.triples], [] if full else ["triples"]  # stand-ins come with the triples
+    stages, first = [scale.triples], [] if full else ["stand-ins"]
+    if not full:
+        command = ["python", "-m", "lmolt.demo.build"] + ["--scale", "tiny"] * (name == "tiny")
+        stages.insert(0, Stage("stand-ins", "runs/demo/models/finished", command, hours=0.04))
 
     # --- fusion
     meditron = rows["meditron"].models

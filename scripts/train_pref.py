@@ -18,7 +18,9 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
 
 import hashlib
+import os
 import shutil
+import subprocess
 import warnings
 from collections import Counter
 from importlib.metadata import version
@@ -28,6 +30,7 @@ from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging as hf_logging
 
 from lmolt import hub
+from lmolt.data.pairs import DEMO
 from lmolt.data.triples import read_triples
 from lmolt.distributed import strategy
 from lmolt.distributed.preemption import PreemptionCallback
@@ -53,6 +56,18 @@ def parse_arguments(argv: list[str]) -> PreferenceArguments:
     if not args.model or not args.triples:
         raise ValueError("give both --model and --triples (or neither, nor --recipe, for the embedded default)")
     return args
+
+
+def build_demo() -> None:
+    """Make what the embedded default lacks: pairs and models here, triples with the script beside this one."""
+    from lmolt.demo.build import build_models
+
+    build_models()
+    if not (DEMO / "triples.parquet").exists():
+        script, recipe = Path(__file__).with_name("make_triples.py"), ROOT / "recipes" / "demo_triples.yaml"
+        one_process = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        if subprocess.run([sys.executable, script, "--recipe", recipe], env=one_process).returncode:
+            raise ValueError(f"{DEMO}/triples.parquet could not be made; the reason is above")
 
 
 def check_output_dir(args: PreferenceArguments) -> Path | None:
@@ -114,11 +129,9 @@ def main(argv: list[str]) -> None:
 
     # --- output folder, the embedded default
     checkpoint = check_output_dir(args)
-    if ROOT / "runs" / "demo" in (ROOT / args.triples).parents:
-        from lmolt.demo import build
-
+    if DEMO.resolve() in Path(args.triples).resolve().parents:
         with args.main_process_first(desc="building what the embedded default lacks"):
-            build.prepare()
+            build_demo()
 
     # --- triples -> token ids
     loading.check_model_folder(args.model)

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from rdkit import Chem
 from rdkit.Chem import Descriptors
 from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
 
+from lmolt.data.pairs import read_pairs
 from lmolt.data.triples import read_triples
 from lmolt.demo import build, captions
 from lmolt.prompts import CAP2MOL, MOL2CAP, build_prompt, encode_prompt
@@ -294,8 +296,9 @@ def check_caption(smiles: str, text: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("demo")
-    build.prepare(root, "tiny")
+    """runs/demo, the smallest, of a folder that isn't the project's."""
+    root = tmp_path_factory.mktemp("elsewhere") / "runs" / "demo"
+    build.build_models(root, "tiny")
     return root
 
 
@@ -399,7 +402,17 @@ def test_only_what_lacks_is_built(tiny, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_triples(tiny):
+def test_reading_never_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="python -m lmolt.demo.build makes it here"):
+        read_pairs("demo")
+    assert not list(tmp_path.iterdir())
+
+
+def test_triples_are_made_in_the_working_directory_of_training_pairs(tiny):
+    command = [sys.executable, ROOT / "scripts" / "make_triples.py", "--recipe", ROOT / "recipes" / "demo_triples.yaml"]
+    done = subprocess.run([*command, "--fraction", "0.5", "--max_new_tokens", "8"], cwd=tiny.parents[1])
+    assert done.returncode == 0
     triples = read_triples(tiny / "triples.parquet")
     train = {pair["molecule"] for pair in build.pairs(tiny) if pair["split"] == "train"}
     assert {t["chosen"] if t["direction"] == CAP2MOL else t["source"] for t in triples} <= train
@@ -407,5 +420,4 @@ def test_triples(tiny):
 
 def test_importing_the_demo_needs_neither_torch_nor_rdkit():
     code = "import sys; from lmolt.demo import build; print({'torch', 'rdkit', 'transformers'} & set(sys.modules))"
-    root = Path(__file__).resolve().parents[1]
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() == "set()"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "set()"

@@ -7,7 +7,8 @@ from nltk.translate.chrf_score import sentence_chrf
 from rdkit import Chem, DataStructs
 from rdkit.Chem import rdFingerprintGenerator
 
-from lmolt.data.negatives import describe, figure, table, triples_of
+from lmolt.data.negatives import describe, table, triples_of
+from lmolt.report.figures import triples_figure
 
 PAIR = {"id": "7", "molecule": "CC(=O)Nc1ccc(O)cc1", "caption": "The molecule is a pain killer."}
 
@@ -77,4 +78,4 @@ def test_the_summary_of_known_triples():
     assert described["cap2mol"]["similarity of rejected"] == {"measure": "Morgan Tanimoto", **spread}
     line = " ".join(table(described).splitlines()[1].split())
     assert line == "cap2mol 3 2 [2, 2] chars 4 [3, 5] chars 66.7% 0.50 [0.38, 0.62] Morgan Tanimoto"
-    assert figure(triples, {"cap2mol": [0.25, 0.75, float("nan")], "mol2cap": []}).startswith(b"\x89PNG")
+    assert triples_figure(triples, {"cap2mol": [0.25, 0.75, float("nan")], "mol2cap": []}).startswith(b"\x89PNG")

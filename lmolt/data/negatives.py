@@ -17,11 +17,9 @@ from rdkit.Chem import rdFingerprintGenerator, rdMolDescriptors
 from lmolt.files import read_table, read_text
 from lmolt.metrics.hallucination import chrf
 from lmolt.metrics.molecule import in_processes, parse
-from lmolt.prompts import CAP2MOL, MOL2CAP
+from lmolt.prompts import CAP2MOL, COLUMNS, MOL2CAP
 
-COLUMNS = {MOL2CAP: ("molecule", "caption"), CAP2MOL: ("caption", "molecule")}  # source, preferred output
 SIMILARITIES = {MOL2CAP: "Chr-F", CAP2MOL: "Morgan Tanimoto"}
-ROLES = {"preferred": "chosen", "dis-preferred": "rejected"}
 _MORGAN = rdFingerprintGenerator.GetMorganGenerator(radius=2)
 
 
@@ -152,18 +150,3 @@ def table(described: dict[str, dict]) -> str:
         close = f"{spread(similar, '.2f')} {similar['measure']}" if "quartiles" in similar else ""
         lines.append(f"{direction:19}{summary['triples']:9,}{sizes[0]:>22}{sizes[1]:>22}{valid:>8}   {close}")
     return "\n".join(lines)
-
-
-def figure(triples: list[dict], similarities: dict[str, list[float]]) -> bytes:
-    """PNG: by direction, the lengths of preferred and dis-preferred outputs, and how similar they are."""
-    from lmolt.report.figures import distributions
-
-    panels = []
-    for direction, close in similarities.items():
-        if mine := [triple for triple in triples if triple["direction"] == direction]:
-            lengths = {k: np.array([len(triple[c]) for triple in mine]) for k, c in ROLES.items()}
-            panels.append((f"{direction}: length of outputs", "characters", lengths))
-            if not np.isnan(close).all():
-                label = f"{SIMILARITIES[direction]} to the preferred output"
-                panels.append((f"{direction}: similarity", label, {"dis-preferred": np.array(close)}))
-    return distributions(panels)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lmolt.files import SUFFIXES, read_table
 
+DEMO = Path("runs/demo")  # in the working directory; lmolt.demo.build makes it
 NAMES = {"molecule": ("molecule", "SMILES"), "caption": ("caption", "description"), "id": ("id", "CID")}
 
 # Named corpora: split -> the Hub's data set, its split there, and, where they are sampled, how many molecules. L+M-24's
@@ -49,9 +50,9 @@ def read_pairs(
     """
     spec, counts = str(spec), Counter() if counts is None else counts
     if spec == "demo":
-        from lmolt.demo import build
-
-        return _of_split(build.pairs(), split, default_split, "demo")
+        if not (DEMO / "pairs.parquet").is_file():
+            raise FileNotFoundError(f"{DEMO / 'pairs.parquet'}: not made yet; python -m lmolt.demo.build makes it here")
+        return _of_split(read_table(DEMO / "pairs.parquet"), split, default_split, "demo")
     if spec in CORPORA:
         splits, split = CORPORA[spec], split or default_split
         if split not in splits:

@@ -10,20 +10,18 @@ from collections import Counter
 from pathlib import Path
 
 from lmolt.files import read_table
-from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP
+from lmolt.prompts import CAP2MOL, COLUMNS, DIRECTIONS, MOL2CAP
 
 # Headers of MolT5's and L+M-24's scorers; they read tab-separated text without any quoting.
 HEADERS = {
     MOL2CAP: ("SMILES", "ground truth", "output"),
     CAP2MOL: ("description", "ground truth", "output"),
 }
-_SOURCE = {MOL2CAP: "molecule", CAP2MOL: "caption"}
-_REFERENCE = {MOL2CAP: "caption", CAP2MOL: "molecule"}
 
 
 def rows_of_pairs(pairs: list[dict], direction: str) -> list[dict]:
     """Prediction rows without a prediction: a pair read in one direction."""
-    source, reference = _SOURCE[direction], _REFERENCE[direction]
+    source, reference = COLUMNS[direction]
     return [{"id": str(p["id"]), "direction": direction, "source": p[source], "reference": p[reference]} for p in pairs]
 
 

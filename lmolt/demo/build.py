@@ -6,29 +6,27 @@ Nothing is downloaded. The molecules are 4,999 of the NCI's, which come with RDK
 what RDKit computes about them. The models are trained from scratch on the training split: a Llama that has read pages
 about its molecules but no instructions, from it a Llama for each direction, in the place of the two unidirectional
 Meditrons, and a T5 for each direction in MolT5's, whose outputs become the dis-preferred ones. All is written to
-runs/demo, each file and folder whole, and what is there is kept; remove runs/demo to start anew:
+runs/demo of the working directory, each file and folder whole, and what is there is kept; remove it to start anew:
 
-    pairs.parquet -> models/tokenizer -> models/{base, cap2mol, mol2cap, t5_mol2cap, t5_cap2mol} -> triples.parquet
+    pairs.parquet -> models/tokenizer -> models/{base, cap2mol, mol2cap, t5_mol2cap, t5_cap2mol}
+
+The triples are scripts/make_triples.py's: --recipe recipes/demo_triples.yaml.
 """
 
+import argparse
 import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-from lmolt.data.pairs import scaffold_split
+from lmolt.data.pairs import DEMO, scaffold_split
 from lmolt.files import read_table, run_main, write_table
-from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP, TEMPLATES, build_prompt, encode_output, encode_prompt
+from lmolt.prompts import COLUMNS, DIRECTIONS, TEMPLATES, build_prompt, encode_output, encode_prompt
 
-ROOT = Path(__file__).resolve().parents[2] / "runs" / "demo"
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SPLITS = {"train": 0.88, "validation": 0.04, "test": 0.08}
-COLUMNS = {MOL2CAP: ("molecule", "caption"), CAP2MOL: ("caption", "molecule")}  # source, target
 SEED = 0
 
 
@@ -42,10 +40,9 @@ class Scale(NamedTuple):
     llama_epochs: int
     t5_layers: int
     t5_epochs: int
-    triples: float  # share of the training pairs
 
 
-SCALES = {"full": Scale(None, 128, 4, 6, 2, 2, 4, 0.3), "tiny": Scale(200, 64, 1, 1, 1, 1, 1, 0.5)}
+SCALES = {"full": Scale(None, 128, 4, 6, 2, 2, 4), "tiny": Scale(200, 64, 1, 1, 1, 1, 1)}
 VOCABULARY = 1280
 TOKENS_PER_BATCH = 800
 SOURCE_WEIGHT = 0.2  # of a source's tokens in the Llamas' loss, outputs having 1
@@ -54,7 +51,7 @@ SOURCE_WEIGHT = 0.2  # of a source's tokens in the Llamas' loss, outputs having 
 # --- pairs
 
 
-def pairs(root: Path = ROOT, scale: str = "full") -> list[dict]:
+def pairs(root: Path = DEMO, scale: str = "full") -> list[dict]:
     """Rows `id, molecule, caption, split`, split by Bemis-Murcko scaffold; made on the first call."""
     path = root / "pairs.parquet"
     if not path.exists():
@@ -98,7 +95,7 @@ def _make_pairs(most: int | None) -> list[dict]:
 # --- models
 
 
-def build_models(root: Path = ROOT, scale: str = "full") -> None:
+def build_models(root: Path = DEMO, scale: str = "full") -> None:
     """Train what `root`/models lacks of the tokenizer, the base, and a Llama and a T5 for each direction."""
     models, finished = root / "models", root / "models" / "finished"
     if finished.exists():
@@ -344,32 +341,11 @@ def _batches(rows: list[tuple[list[int], list[int]]], draw: random.Random) -> li
     return batches
 
 
-# --- triples, and everything
-
-
-def build_triples(root: Path = ROOT, scale: str = "full") -> None:
-    """Run scripts/make_triples.py on the pairs and the T5s, unless `root` has triples; it prints and resumes itself."""
-    output, models = root / "triples.parquet", root / "models"
-    if output.exists():
-        return
-    arguments = {
-        "--pairs": root / "pairs.parquet",
-        "--fraction": SCALES[scale].triples,
-        "--max_new_tokens": 128,
-        "--mol2cap_model": models / "t5_mol2cap",
-        "--cap2mol_model": models / "t5_cap2mol",
-        "--output": output,
-    }
-    command = [sys.executable, SCRIPTS / "make_triples.py", *(part for item in arguments.items() for part in item)]
-    subprocess.run([str(part) for part in command], check=True)
-
-
-def prepare(root: Path = ROOT, scale: str = "full") -> None:
-    """Make what `root` lacks of pairs, models and triples."""
-    pairs(root, scale)
-    build_models(root, scale)
-    build_triples(root, scale)
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default="full", help="tiny: for tests")
+    build_models(scale=parser.parse_args(argv).scale)
 
 
 if __name__ == "__main__":
-    run_main(lambda argv: build_models(), kept="finished models are kept, and the same command goes on")
+    run_main(main, kept="finished models are kept, and the same command goes on")

@@ -20,6 +20,8 @@ from rdkit.Chem import rdDepictor, rdFMCS
 from rdkit.Chem.Draw import rdMolDraw2D
 from rdkit.rdBase import BlockLogs
 
+from lmolt.data.negatives import SIMILARITIES
+
 warnings.filterwarnings("ignore", "Glyph .* missing from font")  # an output may hold any character; a box stands for it
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
@@ -286,3 +288,17 @@ def caption_cases(cases: list[dict], words: int = 80) -> bytes:
 
 def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def triples_figure(triples: list[dict], similarities: dict[str, list[float]]) -> bytes:
+    """PNG: by direction, the lengths of preferred and dis-preferred outputs, and how similar they are."""
+    panels = []
+    for direction, close in similarities.items():
+        if mine := [triple for triple in triples if triple["direction"] == direction]:
+            columns = {"preferred": "chosen", "dis-preferred": "rejected"}
+            lengths = {name: np.array([len(triple[c]) for triple in mine]) for name, c in columns.items()}
+            panels.append((f"{direction}: length of outputs", "characters", lengths))
+            if not np.isnan(close).all():
+                label = f"{SIMILARITIES[direction]} to the preferred output"
+                panels.append((f"{direction}: similarity", label, {"dis-preferred": np.array(close)}))
+    return distributions(panels)
