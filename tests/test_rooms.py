@@ -5,8 +5,14 @@ import ast
 import pytest
 from conftest import ROOT
 
-ROOMS = "scripts demo report training generation models distributed merging data metrics".split()
-BESIDE = "card hub recipes prompts ownership".split()  # what all rooms need; these may import one another, and files
+ROOMS = ["scripts", "demo", "report", "training", "generation", "models", "distributed", "merging", "data", "metrics"]
+BESIDE = [
+    "card",
+    "hub",
+    "recipes",
+    "prompts",
+    "ownership",
+]  # what all rooms need
 RANK = {room: i for i, room in enumerate(ROOMS)} | dict.fromkeys(BESIDE, len(ROOMS)) | {"files": len(ROOMS) + 1}
 
 
