@@ -136,7 +136,7 @@ def test_what_the_journal_has_is_not_translated_again(translator, tmp_path, monk
     assert len(lines) == len(prompts)
     file.write_bytes(b"".join(lines[:9]) + lines[9][:20])  # a kill in the middle of the tenth row
     decoded = []
-    monkeypatch.setattr(translation, "decode", lambda m, t, rows, *a: decoded.append(len(rows)) or real(m, t, rows, *a))
+    monkeypatch.setattr(translation, "decode", counting(decoded))
     assert translate(model, tokenizer, prompts, max_new_tokens=NEW, tokens_per_batch=150, journal=journal) == expected
     assert sum(decoded) == len(prompts) - 9
     decoded.clear()
@@ -156,10 +156,15 @@ def test_what_the_journal_has_is_not_translated_again(translator, tmp_path, monk
 real = translation.decode
 
 
+def counting(decoded: list[int]):
+    """`decode` that notes how many rows it was given."""
+    return lambda m, ends, rows, *a, **k: decoded.append(len(rows)) or real(m, ends, rows, *a, **k)
+
+
 def test_equal_prompts_are_translated_once(translator, monkeypatch):
     model, tokenizer, prompts = translator
     decoded = []
-    monkeypatch.setattr(translation, "decode", lambda m, t, rows, *a: decoded.append(len(rows)) or real(m, t, rows, *a))
+    monkeypatch.setattr(translation, "decode", counting(decoded))
     out = translate(model, tokenizer, [prompts[0], prompts[1], prompts[0]], max_new_tokens=4)
     assert decoded == [2] and out[0] == out[2]
 

@@ -1,12 +1,43 @@
-"""The decoding loop of one batch of causal or sequence-to-sequence rows: greedy, sampled, or by beam search."""
+"""The decoding of one batch of causal or sequence-to-sequence rows: greedy, sampled, or by beam search.
+
+Three ways, the fastest first; which of them a model's cache allows, and gets right, is found in routes.py:
+
+    prefix    rows behind the keys and values of the tokens that they all share, our loop
+    batch     whole rows, padded on the left, our loop
+    generate  transformers' `generate`, rows of one length at a time: no padding, and whatever state the model carries
+"""
 
 import copy
+import inspect
 import itertools
 import random
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
+
+from lmolt.models.self_check import decoder_start
+
+ROUTES = ("prefix", "batch", "generate")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tokens are chosen. The defaults are neutral: a model's generation_config.json changes nothing but the end."""
+
+    max_new_tokens: int = 250
+    num_beams: int = 1
+    num_return: int = 1
+    temperature: float = 0.0  # 0: the most probable token
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+
+    @property
+    def plain(self) -> bool:
+        return self.repetition_penalty == 1.0 and self.no_repeat_ngram_size == 0
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -14,6 +45,20 @@ def end_ids(model, tokenizer) -> list[int]:
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
     return sorted(ends - {None})
+
+
+ASKED = (  # what a generation_config.json may ask for that changes which token is taken
+    *("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
+    *("length_penalty", "exponential_decay_length_penalty", "diversity_penalty", "min_length", "min_new_tokens"),
+    *("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"),
+    *("forced_eos_token_id", "guidance_scale", "penalty_alpha", "watermarking_config"),
+)
+
+
+def not_used(model, settings: Settings) -> dict:
+    """What the model's generation_config.json asks for and `settings` don't do."""
+    asked = {key: getattr(model.generation_config, key, None) for key in ASKED}
+    return {k: v for k, v in asked.items() if v and v not in (1.0, getattr(settings, k, None))}
 
 
 def _pad(rows: list[list[int]], left: bool, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,47 +96,54 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _empty_cache(model) -> DynamicCache:
+def empty_cache(model) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
+def takes(model, *names: str) -> bool:
+    """Whether the model's `forward` (that of the model inside an adapter) has all of these parameters by name."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(names) <= inspect.signature(type(inner).forward).parameters.keys()
+
+
 def read_prefix(model, prefix: list[int]) -> DynamicCache:
     """Keys and values (1, heads, P, d) of each layer for the tokens that all prompts share."""
     ids = torch.tensor([prefix], device=model.device)
-    return model(input_ids=ids, past_key_values=_empty_cache(model), use_cache=True, logits_to_keep=1).past_key_values
+    return model(input_ids=ids, past_key_values=empty_cache(model), use_cache=True, logits_to_keep=1).past_key_values
 
 
 def decode(
     model,
-    tokenizer,
+    ends: list[int],
     rows: list[list[int]],
-    prefix_cache: DynamicCache | None,
-    prefix_length: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
+    settings: Settings,
     streams: list[random.Random],
+    *,
+    prefix_cache: DynamicCache | None = None,
+    prefix_length: int = 0,
+    logps: list[float] | None = None,
 ) -> list[list[int]]:
-    """Token ids that follow each row, up to its end or `max_new_tokens`; finished rows leave the batch.
+    """Token ids that follow each row, up to the first of `ends` or `max_new_tokens`; finished rows leave the batch.
 
     `rows` follow the `prefix_length` tokens of `prefix_cache`. Greedy, or, with `temperature` > 0, row i is sampled by
-    the numbers of `streams[i]`.
+    the numbers of `streams[i]`. To `logps[i]`, if it is given, the log-probabilities of row i's tokens are added.
     """
-    seq2seq, device, ends = model.config.is_encoder_decoder, model.device, set(end_ids(model, tokenizer))
+    seq2seq, device, ends = model.config.is_encoder_decoder, model.device, set(ends)
     ids, mask = _pad(rows, left=not seq2seq, device=device)  # (B, T)
     cache = copy.deepcopy(prefix_cache)
     if seq2seq:
         encoded = model.get_encoder()(input_ids=ids, attention_mask=mask)
-        ids = torch.full((len(rows), 1), model.config.decoder_start_token_id, device=device)
+        ids = torch.full((len(rows), 1), decoder_start(model), device=device)
     elif cache is None:
-        cache = _empty_cache(model)
+        cache = empty_cache(model)
     else:
-        cache.batch_repeat_interleave(len(rows))
+        cache.reorder_cache(torch.zeros(len(rows), dtype=torch.long, device=device))
         mask = torch.cat([mask.new_ones(len(rows), prefix_length), mask], dim=1)  # (B, P + T)
+    few, placed = takes(model, "logits_to_keep"), takes(model, "position_ids")
     outputs, live, ended = [[] for _ in rows], list(range(len(rows))), set()
-    for _ in range(max_new_tokens):
+    for _ in range(settings.max_new_tokens):
         if seq2seq:
             out = model(
                 encoder_outputs=encoded,
@@ -101,33 +153,31 @@ def decode(
                 use_cache=True,
             )
         else:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            out = model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+            if placed:
+                inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            out = model(**inputs, **({"logits_to_keep": 1} if few else {}))
         logits, cache = out.logits[:, -1].float(), out.past_key_values  # (B, V)
-        if temperature > 0:
-            ids = _draw(logits / temperature, top_p, [streams[row].random() for row in live])
+        if settings.temperature > 0:
+            ids = _draw(logits / settings.temperature, settings.top_p, [streams[row].random() for row in live])
         else:
             ids = logits.argmax(-1, keepdim=True)
+        chosen = logits.log_softmax(-1).gather(1, ids)[:, 0].tolist() if logps is not None else ()
         for row, token in zip(live, ids[:, 0].tolist(), strict=True):
             if row not in ended:
                 if token in ends:
                     ended.add(row)
                 else:
                     outputs[row].append(token)
+        for row, logp in zip(live, chosen, strict=False):
+            logps[row] += logp if row not in ended else 0.0
         going = [i for i, row in enumerate(live) if row not in ended]
         if not going:
             break
         if len(going) <= 0.75 * len(live):  # a copy of the cache: worth it for a quarter of the rows, not for one
             live = [live[i] for i in going]
             kept = torch.tensor(going, device=device)
-            cache.batch_select_indices(kept)
+            cache.reorder_cache(kept)
             ids, mask = ids[kept], mask[kept]
             if seq2seq:
                 encoded.last_hidden_state = encoded.last_hidden_state[kept]
@@ -148,22 +198,87 @@ def _draw(logits: torch.Tensor, top_p: float, draws: list[float]) -> torch.Tenso
     return tokens.gather(1, (cumulated <= at).sum(1, keepdim=True).minimum(kept.sum(1, keepdim=True) - 1))
 
 
-def beam_search(
-    model, tokenizer, rows: list[list[int]], max_new_tokens: int, num_beams: int, num_return: int = 1
+# --- by transformers' `generate`
+
+
+def generate(
+    model,
+    ends: list[int],
+    rows: list[list[int]],
+    settings: Settings,
+    streams: list[random.Random] | None = None,
+    *,
+    logps: list[float] | None = None,
 ) -> list[list[int]]:
-    """As `decode`, of the best `num_return` of `num_beams` beams: the first row's, best first, then the next one's."""
+    """As `decode`, rows of one length at a time, so that nothing is padded; also for penalties and beams.
+
+    With `num_return` > 1 row i's outputs are those from i * `num_return` on, best first.
+    """
+    found = [[] for _ in range(len(rows) * settings.num_return)]
+    for length in sorted({len(row) for row in rows}, reverse=True):
+        at = [i for i, row in enumerate(rows) if len(row) == length]
+        chooser = _Chooser(settings, [streams[i] for i in at] if streams else None, logps is not None)
+        outputs = _generate(model, ends, [rows[i] for i in at], settings, chooser)
+        for j, i in enumerate(at):
+            found[i * settings.num_return : (i + 1) * settings.num_return] = outputs[
+                j * settings.num_return : (j + 1) * settings.num_return
+            ]
+            if logps is not None:
+                logps[i] += sum(float(step[j]) for step in chooser.steps[: len(outputs[j])])
+    return found
+
+
+def beam_search(model, ends: list[int], rows: list[list[int]], settings: Settings) -> list[list[int]]:
+    """As `generate`, rows of any length at once, padded."""
+    return _generate(model, ends, rows, settings, None)
+
+
+def _generate(model, ends, rows, settings: Settings, chooser: "_Chooser | None") -> list[list[int]]:
     seq2seq = model.config.is_encoder_decoder
     ids, mask = _pad(rows, left=not seq2seq, device=model.device)
-    pad, ends = tokenizer.pad_token_id or 0, end_ids(model, tokenizer)
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        num_return_sequences=num_return,
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=settings.num_beams,
+        num_return_sequences=settings.num_return,
+        repetition_penalty=settings.repetition_penalty,
+        no_repeat_ngram_size=settings.no_repeat_ngram_size,
         do_sample=False,
         eos_token_id=ends or None,
-        pad_token_id=pad,
-        decoder_start_token_id=model.config.decoder_start_token_id if seq2seq else None,
+        pad_token_id=ends[0] if ends else 0,
+        decoder_start_token_id=decoder_start(model) if seq2seq else None,
     )
-    generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    processors = LogitsProcessorList([chooser] if chooser is not None and settings.num_beams == 1 else [])
+    with _neutral(model), torch.no_grad():
+        generated = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
+        )
     generated = generated[:, 1 if seq2seq else ids.shape[1] :].tolist()
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in generated]
+
+
+@contextmanager
+def _neutral(model):
+    """`generate` fills what its settings leave open from the model's own; here those are transformers' defaults."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, inner.generation_config = inner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own
+
+
+class _Chooser(LogitsProcessor):
+    """Leaves one token a row possible: that of `_draw` where it is sampled; and keeps the log-probabilities."""
+
+    def __init__(self, settings: Settings, streams: list[random.Random] | None, record: bool):
+        self.settings, self.streams, self.record, self.steps = settings, streams, record, []
+
+    def __call__(self, input_ids, scores):
+        scores = scores.float()
+        ids = scores.argmax(-1, keepdim=True)
+        if self.settings.temperature > 0:
+            draws = [stream.random() for stream in self.streams]
+            ids = _draw(scores / self.settings.temperature, self.settings.top_p, draws)
+        if self.record:
+            self.steps.append(scores.log_softmax(-1).gather(1, ids)[:, 0].tolist())
+        return torch.full_like(scores, -torch.inf).scatter(1, ids, 0.0)

@@ -19,15 +19,18 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import xxhash
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from lmolt.generation.decoding import beam_search, decode, end_ids, read_prefix
+from lmolt.generation import routes
+from lmolt.generation.decoding import Settings, beam_search, decode, end_ids, generate, not_used, read_prefix
 from lmolt.generation.journal import Journal, read_journal
 from lmolt.models.loading import check_model_folder, load_base, load_seq2seq, load_tokenizer
+from lmolt.models.tokenizers import Reader, tokenizer_identity
 from lmolt.prompts import build_prompt, encode_prompt
 
 
@@ -119,9 +122,13 @@ def translate(
     num_beams: int = 1,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
     seed: int = 0,
     too_long: str = "error",
     num_return: int = 1,
+    unk: str = "",
+    counts: Counter | None = None,
     journal: str | Path | None = None,
     progress: str = "",
 ) -> list:
@@ -129,12 +136,15 @@ def translate(
 
     Greedy; or beam search with `num_beams`; or, with `temperature` > 0, sampled from the most probable tokens that make
     up `top_p`: repeat a prompt to draw several candidates for it, each from its own random stream, the same in any
-    batch and after any interruption. Equal prompts are else translated once.
+    batch and after any interruption. Equal prompts are else translated once. What a model's generation_config.json
+    asks for is not done unless it is asked for here (`repetition_penalty`, `no_repeat_ngram_size`), and is said.
     With `num_return` > 1 a prompt's output is a list: of its best beams, best first (empty where it is too long).
     `tokens_per_batch` bounds rows x (longest prompt + `max_new_tokens`). A prompt that with `max_new_tokens` exceeds
     the model's positions is an error, or with `too_long="empty"` gives an empty output, counted aloud: none is cut.
+    An unknown token in an output is written as `unk`. `counts` is told of prompts and outputs that have one.
     `journal` is a folder; rows in it that were made by this model with these settings are taken from it. It is the
     caller's to delete. `progress` names the work in messages and on the bar, of the first process only.
+    The way of decoding is proved first, on some of these prompts (lmolt/generation/routes.py).
     """
     if num_beams > 1 and temperature > 0:
         raise ValueError(f"num_beams {num_beams} and temperature {temperature} exclude each other")
@@ -142,32 +152,49 @@ def translate(
         raise ValueError(f"num_return {num_return}: of {num_beams} beams, at most so many can be returned")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is over 0 and at most 1, got {top_p}")
+    if repetition_penalty <= 0 or no_repeat_ngram_size < 0:
+        raise ValueError(
+            f"repetition_penalty {repetition_penalty:g} is more than 0 (1 changes nothing) and no_repeat_ngram_size "
+            f"{no_repeat_ngram_size} is 0 (none) or more"
+        )
     state = process_state()
     say = tqdm.write if state.is_main_process else lambda _: None
-    settings = (identity(model), end_ids(model, tokenizer), max_new_tokens, num_beams, temperature, top_p, seed)
-    settings += (num_return,) * (num_return > 1)
+    settings = Settings(
+        max_new_tokens, num_beams, num_return, temperature, top_p, repetition_penalty, no_repeat_ngram_size
+    )
+    ends = end_ids(model, tokenizer)
+    made_by = (identity(model, tokenizer) if journal else "", ends, settings, seed, unk)
+    if left_out := not_used(model, settings):
+        say(f"{progress}: not done, though its generation_config.json asks for it: {left_out}")
 
     # --- the rows to translate: key -> token ids
-    keys, rows, seen = [], {}, Counter()
+    keys, rows, streams, seen = [], {}, {}, Counter()
     for prompt in prompts:
         seen[prompt] += 1
         nth = seen[prompt] if temperature > 0 else 1
-        key = hashlib.sha256(repr((settings, prompt, nth)).encode()).hexdigest()[:32]
+        key = hashlib.sha256(repr((made_by, prompt, nth)).encode()).hexdigest()[:32]
         keys.append(key)
         if key not in rows:
             rows[key] = _encode(model.config, tokenizer, prompt)
+            streams[key] = f"{seed} {nth} {prompt}"
     over = over_limit(model.config, tokenizer, prompts, max_new_tokens)
     if too_long == "error":
         refuse_over_limit(model.config, prompts, over, max_new_tokens)
-    outputs = {keys[row]: "" if num_return == 1 else [] for row in over}
+    outputs = {keys[row]: [("", 0)] * (num_return == 1) for row in over}
     if outputs:
         say(f"{progress}: {len(outputs)} prompts are over the model's positions; their outputs are empty")
     rows = {key: ids for key, ids in rows.items() if key not in outputs}
 
     # --- batches, whoever runs them
-    prefix = [] if model.config.is_encoder_decoder or num_beams > 1 else _common_prefix(rows.values())
+    prefix = [] if model.config.is_encoder_decoder else _common_prefix(rows.values())
+    was_training = model.training
+    model.eval()
+    route = "batch"
+    if rows:
+        route = routes.choose(model, list(rows.values()), len(prefix), settings, say, state.num_processes > 1)
+    prefix = prefix if route == "prefix" and num_beams == 1 else []
     batches = _batches({key: len(ids) - len(prefix) for key, ids in rows.items()}, max_new_tokens, tokens_per_batch)
-    recorded = {key: text for key, text in read_journal(journal).items() if key in rows}
+    recorded = {key: output for key, output in read_journal(journal).items() if key in rows}
     state.wait_for_everyone()  # no process writes to the journal before all have read it
     outputs |= recorded
     if recorded:
@@ -176,8 +203,7 @@ def translate(
     mine = [batch for batch in batches if batch][state.process_index :: state.num_processes]
 
     # --- translate this process's share
-    made, was_training = {}, model.training
-    model.eval()
+    made, reader = {}, Reader(tokenizer, unk)
     shared = f" (1 of {state.num_processes} processes)" if state.num_processes > 1 else ""
     bar = tqdm(
         desc=progress + shared, total=sum(map(len, mine)), unit="row", disable=not progress or not state.is_main_process
@@ -186,24 +212,29 @@ def translate(
         cache = read_prefix(model, prefix) if mine and prefix else None
         for batch in mine:
             ids = [rows[key][len(prefix) :] for key in batch]
-            if num_beams > 1:
-                generated = beam_search(model, tokenizer, ids, max_new_tokens, num_beams, num_return)
+            draws = [random.Random(streams[key]) for key in batch]
+            if route == "generate":
+                generated = generate(model, ends, ids, settings, draws)
+            elif num_beams > 1:
+                generated = beam_search(model, ends, ids, settings)
             else:
-                streams = [random.Random(f"{seed} {key}") for key in batch]
-                sampling = (temperature, top_p, streams)
-                generated = decode(model, tokenizer, ids, cache, len(prefix), max_new_tokens, *sampling)
-            texts = tokenizer.batch_decode(generated, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            texts = [text.strip() for text in texts]
-            if num_return > 1:
-                texts = [texts[start : start + num_return] for start in range(0, len(texts), num_return)]
-            finished = dict(zip(batch, texts, strict=True))
+                options = {"prefix_cache": cache, "prefix_length": len(prefix)}
+                generated = decode(model, ends, ids, settings, draws, **options)
+            texts = reader.texts(generated)
+            finished = {key: texts[i * num_return : (i + 1) * num_return] for i, key in enumerate(batch)}
             record(finished)
             made |= finished
             bar.update(len(batch))
     model.train(was_training)
-    for key, text in gather_object(list(made.items())):
-        outputs[key] = text
-    return [outputs[key] for key in keys]
+    for key, output in gather_object(list(made.items())):
+        outputs[key] = output
+    found = [[text for text, _ in outputs[key]] for key in keys]
+    with_unk = sum(any(unknown for _, unknown in outputs[key]) for key in keys)
+    if with_unk:
+        say(f"{progress}: {with_unk} of {len(keys)} outputs have tokens without a text, read as {unk!r}")
+    if counts is not None:
+        counts["unk_in_output"] += with_unk
+    return [texts[0] for texts in found] if num_return == 1 else found
 
 
 # --- what is translated
@@ -236,11 +267,13 @@ def _batches(lengths: dict[str, int], max_new_tokens: int, tokens_per_batch: int
 # --- what is kept
 
 
-def identity(model) -> str:
-    """A hash of the model's settings and of sixteen values of each of its parameters: other weights, other hash."""
-    digest = hashlib.sha256(repr(sorted(model.config.to_diff_dict().items(), key=lambda item: item[0])).encode())
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, len(flat) // 16)][:16]
-        digest.update(f"{name} {tuple(parameter.shape)} {some.float().tolist()}".encode())
+def identity(model, tokenizer=None) -> str:
+    """A hash of the model's settings, of all bytes of its weights, and of the tokenizer: other outputs, other hash."""
+    digest = xxhash.xxh3_128(repr(sorted(model.config.to_diff_dict().items(), key=lambda item: item[0])).encode())
+    for name, tensor in model.state_dict().items():
+        if torch.is_tensor(tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    if tokenizer is not None:
+        digest.update(tokenizer_identity(tokenizer).encode())
     return digest.hexdigest()

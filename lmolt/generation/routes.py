@@ -1,0 +1,107 @@
+"""Which way of decoding.py a model is decoded by: what its cache allows, then what it is seen to get right."""
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from lmolt.generation.decoding import ROUTES, Settings, decode, empty_cache, generate, read_prefix, takes
+from lmolt.models.self_check import Sequences, inner_model, plain, windows
+
+NEW = 16  # tokens that are decoded to see whether a way is right
+
+_proven: WeakKeyDictionary = WeakKeyDictionary()  # model: {(way, whether rows exceed a window): it was right}
+
+
+def possible(model, longest: int) -> list[str]:
+    """The ways that the model's cache allows for rows of up to `longest` tokens, new ones included.
+
+    A prefix needs keys and values alone: a state (convolution, SSM, linear attention) would run on over the padding
+    behind it. In a sliding window or a chunk, whose slots count padding too, it fits rows no longer than that.
+    """
+    if model.config.is_encoder_decoder:
+        return ["batch", "generate"]
+    if not takes(model, "past_key_values"):
+        return ["generate"]
+    try:
+        states = [type(layer).__name__ for layer in empty_cache(model).layers if "Linear" in type(layer).__name__]
+    except (KeyError, AttributeError, TypeError, ValueError):  # its layers are of a kind that DynamicCache doesn't know
+        return ["generate"]
+    prefix = not states and not inner_model(model)._is_stateful and takes(model, "position_ids")
+    fits = all(longest <= window for window in windows(model.config))
+    return ["prefix"] * (prefix and fits) + ["batch", "generate"]
+
+
+def choose(model, rows: list[list[int]], prefix_length: int, settings: Settings, say: Callable, synced: bool) -> str:
+    """The fastest way that is right for `rows`, whose first `prefix_length` tokens are the same.
+
+    Ways are compared once a model, on the longest, the shortest and a middle row, with plain attention over what they
+    decode; `say` tells where one is left out for its numbers. `ValueError` if none is right. Several processes
+    (`synced`) take the first one's answer.
+    """
+    longest = max(map(len, rows))
+    candidates = possible(model, longest + settings.max_new_tokens)
+    if prefix_length == 0 and "prefix" in candidates:
+        candidates.remove("prefix")
+    if not settings.plain:
+        candidates = ["generate"]
+    over = any(longest + settings.max_new_tokens > window for window in windows(model.config))
+    known = _proven.setdefault(model, {})
+    if not any(known.get((way, over)) for way in candidates):
+        for way in candidates:
+            if (way, over) not in known:
+                known[way, over] = _is_right(model, way, _sample(rows), prefix_length, settings, say)
+            if known[way, over]:
+                break
+    right = [next((way for way in candidates if known.get((way, over))), None)]
+    if synced:
+        broadcast_object_list(right)
+    if right[0] is None:
+        raise ValueError(
+            f"{model.config.model_type}: no way of decoding gives what plain attention does on the same weights "
+            f"({', '.join(candidates)}); this model can't be translated with here"
+        )
+    return right[0]
+
+
+def _sample(rows: list[list[int]]) -> list[list[int]]:
+    ordered = sorted(rows, key=lambda row: (len(row), row))
+    return [ordered[i] for i in sorted({0, len(ordered) // 2, len(ordered) - 1})]
+
+
+def _is_right(model, way: str, rows: list[list[int]], prefix_length: int, settings: Settings, say: Callable) -> bool:
+    settings = Settings(max_new_tokens=min(NEW, settings.max_new_tokens))
+    logps = [0.0] * len(rows)
+    with torch.inference_mode():
+        try:
+            if way == "generate":
+                outputs = generate(model, [], rows, settings, logps=logps)
+            elif way == "batch":
+                outputs = decode(model, [], rows, settings, [], logps=logps)
+            else:
+                cache = read_prefix(model, rows[0][:prefix_length])
+                rest = [row[prefix_length:] for row in rows]
+                options = {"prefix_cache": cache, "prefix_length": prefix_length, "logps": logps}
+                outputs = decode(model, [], rest, settings, [], **options)
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            KeyError,
+            IndexError,
+            AttributeError,
+            NotImplementedError,
+        ) as error:
+            say(f"decoding, {NAMES[way]}: {type(error).__name__}: {str(error)[:200]}")
+            return False
+        sequences: Sequences = list(zip(rows, outputs, strict=True))
+        found = plain(model, sequences).compare(f"decoding, {NAMES[way]},", torch.tensor(logps))
+    if not found.holds:
+        say(f"{found}; not used for this {model.config.model_type}")
+    return found.holds
+
+
+NAMES = dict(zip(ROUTES, ("behind a shared prefix", "padded", "by generate, rows of one length"), strict=True))

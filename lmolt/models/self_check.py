@@ -1,0 +1,190 @@
+"""A loaded model proved against itself: what is fast against plain attention, one row, no cache, on the same weights.
+
+    |sum log p (fast) - sum log p (plain)|  <=  FACTOR * sigma * sqrt(tokens)        in nats a sequence
+
+sigma is what rounding does to one token's log-probability in this model at its precision. It is measured and not
+assumed: the plain pass is run again with each linear layer's output changed by as much as its rounding may. Errors of
+rounding add up like a random walk, so the bound grows with the square root of a sequence's tokens: two tokens of a
+model with large logits are not refused, and forty of a model that was trained a little further are not let through.
+"""
+
+import inspect
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+FACTOR = 8.0
+FLOOR = 2e-5  # nats a token: fp32 sums over a vocabulary, in another order
+Sequences = list[tuple[list[int], list[int]]]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What plain attention gives for some sequences, and how far from it rounding may lead."""
+
+    sequences: Sequences
+    logps: torch.Tensor  # (N,), float64
+    sigma: float  # nats a token
+
+    def allowed(self) -> torch.Tensor:
+        tokens = torch.tensor([len(output) for _, output in self.sequences], dtype=torch.float64)
+        return FACTOR * self.sigma * tokens.sqrt() + FLOOR * tokens
+
+    def compare(self, what: str, logps: torch.Tensor) -> "Comparison":
+        """How `logps` (N,) of the same sequences differ from these: the sequence that is furthest over its bound."""
+        difference, allowed = (logps.detach().double().cpu() - self.logps).abs(), self.allowed()
+        worst = int(torch.nan_to_num(difference / allowed, nan=torch.inf).argmax())
+        longest = max(len(prompt) + len(output) for prompt, output in self.sequences)
+        return Comparison(what, len(self.sequences), longest, difference[worst].item(), allowed[worst].item())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    what: str
+    sequences: int
+    longest: int  # tokens
+    difference: float  # nats of a sequence
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= self.allowed  # NaN is not
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} {'equals' if self.holds else 'differs from'} plain attention on {self.sequences} sequences "
+            f"of up to {self.longest} tokens (by {self.difference:.2g} nats a sequence; rounding explains "
+            f"{self.allowed:.2g})"
+        )
+
+
+def plain(model, sequences: Sequences) -> Plain:
+    """The plain way: eager attention on the loaded weights, a row at a time, no mask, no cache.
+
+    `model` may be wrapped (DDP, DeepSpeed, FSDP, PEFT) and is left as it was; all ranks call with the same sequences.
+    """
+    with torch.no_grad(), evaluating(model), plain_attention(model):
+        logps = torch.tensor([_row_logp(model, *sequence) for sequence in sequences], dtype=torch.float64)
+        squares, tokens = 0.0, 0
+        with _rounded_otherwise(model):
+            for sequence, logp in list(zip(sequences, logps.tolist(), strict=True))[:2]:
+                squares += (_row_logp(model, *sequence) - logp) ** 2
+                tokens += len(sequence[1])
+    return Plain(sequences, logps, math.sqrt(squares / tokens))
+
+
+def refuse_if_later_tokens_count(model, sequences: Sequences, known: Plain) -> None:
+    """`ValueError` for a model whose tokens see those behind them (BERT and its kin): it gives no log p(output)."""
+    prompt, output = sequences[0]
+    with torch.no_grad(), evaluating(model), plain_attention(model):
+        alone = _row_logp(model, prompt, output[:1])
+        before = _row_logp(model, prompt, output, first=True)
+    if not abs(alone - before) <= max(FACTOR * known.sigma, FLOOR) * 4:
+        raise ValueError(
+            f"{inner_model(model).config.model_type}: a token's probability changes by {abs(alone - before):.2g} nats "
+            "with the tokens behind it, so this is no causal language model; take one that is"
+        )
+
+
+def _row_logp(model, prompt: list[int], output: list[int], first: bool = False) -> float:
+    """log p(output | prompt), summed in float64; with `first`, of the output's first token only."""
+    device = next(model.parameters()).device
+    targets = torch.tensor(output, device=device)[:, None]
+    if inner_model(model).config.is_encoder_decoder:
+        begun = torch.tensor([[decoder_start(inner_model(model)), *output[:-1]]], device=device)
+        logits = model(input_ids=torch.tensor([prompt], device=device), decoder_input_ids=begun, use_cache=False).logits
+        logits = logits[0].float()
+        return (logits.gather(-1, targets)[:, 0] - logits.logsumexp(-1)).sum(dtype=torch.float64).item()
+    ids = torch.tensor([prompt + output], device=device)
+    kept = {"logits_to_keep": len(output) + 1} if "logits_to_keep" in _parameters(model) else {}
+    logits = model(input_ids=ids, use_cache=False, **kept).logits[0, -len(output) - 1 : -1].float()
+    logps = logits.gather(-1, targets)[:, 0] - logits.logsumexp(-1)
+    return (logps[:1] if first else logps).sum(dtype=torch.float64).item()
+
+
+def inner_model(model):
+    """The transformers model inside DDP, DeepSpeed, FSDP and PEFT."""
+    while not hasattr(model, "get_output_embeddings"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_start(model) -> int:
+    """The token that an encoder-decoder's outputs begin after; `ValueError` where its files name none."""
+    for settings in (model.generation_config, model.config):
+        if (start := getattr(settings, "decoder_start_token_id", None)) is not None:
+            return start
+    raise ValueError(
+        f"a {model.config.model_type} that names no decoder_start_token_id, in config.json or generation_config.json"
+    )
+
+
+def windows(config) -> list[int]:
+    """How many tokens back the model's layers see, those that don't see all: sliding windows and chunks."""
+    config = config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    kinds = set(kinds) if kinds is not None else {"sliding_attention", "chunked_attention"}
+    found = [getattr(config, "sliding_window", None)] * any("sliding" in kind for kind in kinds)
+    found += [getattr(config, "attention_chunk_size", None)] * ("chunked_attention" in kinds)
+    found += [
+        max(window) if isinstance(window, list | tuple) else window for window in [getattr(config, "window_size", None)]
+    ]
+    return sorted(window for window in found if window)
+
+
+def _parameters(model) -> set[str]:
+    return set(inspect.signature(type(inner_model(model)).forward).parameters)
+
+
+@contextmanager
+def evaluating(model):
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def plain_attention(model):
+    """The model's own eager attention on the weights as they lie; a class that has no other keeps it."""
+    configs = {
+        id(c): c for m in inner_model(model).modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)
+    }
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    for config, _ in before:
+        config._attn_implementation_internal = "eager"
+    try:
+        yield
+    finally:
+        for config, attention in before:
+            config._attn_implementation_internal = attention
+
+
+@contextmanager
+def _rounded_otherwise(model):
+    """Each linear layer's output changed by up to its precision's step at the row's size, as another order of
+    summation would round it."""
+    draw = {}
+
+    def hook(module, inputs, output):
+        if not output.is_floating_point():
+            return output
+        if output.device not in draw:
+            draw[output.device] = torch.Generator(output.device).manual_seed(0)
+        noise = torch.empty_like(output, dtype=torch.float32).uniform_(-1, 1, generator=draw[output.device])
+        size = output.float().pow(2).mean(-1, keepdim=True).sqrt() * torch.finfo(output.dtype).eps
+        return (output.float() + noise * size).to(output.dtype)
+
+    linear = [m for m in inner_model(model).modules() if isinstance(m, torch.nn.Linear | Conv1D | torch.nn.Embedding)]
+    hooks = [module.register_forward_hook(hook) for module in linear]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
