@@ -173,7 +173,7 @@ def _rounded_otherwise(model):
     draw = {}
 
     def hook(module, inputs, output):
-        if not output.is_floating_point():
+        if not torch.is_tensor(output) or not output.is_floating_point():
             return output
         if output.device not in draw:
             draw[output.device] = torch.Generator(output.device).manual_seed(0)
