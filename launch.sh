@@ -7,8 +7,9 @@
 #   ./launch.sh paper [ARGS]   the paper's Tables 1 to 4: --dry_run prints plan and commands; --scale demo, on a CPU
 #   ./launch.sh bench          all benchmarks, side by side with their peers
 #
-# Each first makes .venv with what requirements.txt pins (VENV=FOLDER: uses that one as it is). Finished stages of
-# the demo are skipped; a stage that was killed goes on where it was. Where `train` runs (docs/cluster.md):
+# Each first makes .venv with what requirements.txt pins, the tests with requirements-test.txt's too (VENV=FOLDER: uses
+# that one as it is). Finished stages of the demo are skipped; a stage that was killed goes on where it was. Where
+# `train` runs (docs/cluster.md):
 #
 #   NPROC_PER_NODE=4 STRATEGY=zero3 ./launch.sh train ...    # default: a process a GPU; accelerate_configs/ddp.yaml
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 ./launch.sh train ...    # on 10.0.0.1; the other has NODE_RANK=1
@@ -24,17 +25,19 @@ PYTHON=${PYTHON:-python3}
 DEMO=runs/demo
 SUPERVISOR=(env)
 
+# set_up [FILE]: .venv with what requirements.txt and FILE pin
 set_up() {
-    local wanted
-    wanted=$(cksum <requirements.txt)
-    if [[ -z ${VENV:-} && $(cat .venv/installed 2>/dev/null) != "$wanted" ]]; then
+    local file wanted installed
+    for file in requirements.txt "$@"; do
+        wanted=$(cksum <"$file") installed=.venv/installed-${file//\//-}
+        [[ -z ${VENV:-} && $(cat "$installed" 2>/dev/null) != "$wanted" ]] || continue
         "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
             { echo "error: Python 3.11 or newer is needed; point PYTHON to one" >&2; exit 2; }
-        echo "== set-up: .venv, requirements.txt"
+        echo "== set-up: .venv, $file"
         "$PYTHON" -m venv .venv
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-        echo "$wanted" >.venv/installed
-    fi
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file"
+        echo "$wanted" >"$installed"
+    done
     export PATH="${VENV:-$PWD/.venv}/bin:$PATH" TOKENIZERS_PARALLELISM=false
 }
 
@@ -132,8 +135,8 @@ demo() {
 
 case ${1:-demo} in
     demo) set_up && demo ;;
-    test) set_up && shift && python -m pytest -m "not slow" -n 2 --dist loadscope "$@" ;; # one thread each
-    test-distributed) set_up && shift && python -m pytest -m slow "$@" ;;
+    test) set_up requirements-test.txt && shift && python -m pytest -m "not slow" -n 2 --dist loadscope "$@" ;; # one thread each
+    test-distributed) set_up requirements-test.txt && shift && python -m pytest -m slow "$@" ;;
     train)
         set_up && shift
         if [[ ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then slurm "$@"; else train "$@"; fi
@@ -141,11 +144,11 @@ case ${1:-demo} in
     node) set_up && shift && node "$@" ;;
     paper) set_up && shift && python scripts/paper.py "$@" ;;
     bench)
-        set_up && pip install --quiet -r benchmarks/requirements.txt && mkdir -p runs/bench
+        set_up benchmarks/requirements.txt && mkdir -p runs/bench
         for benchmark in benchmarks/*.py; do
             echo "== $benchmark"
             python "$benchmark" --json "runs/bench/$(basename "$benchmark" .py).json"
         done
         ;;
-    *) sed -n '2,16s/^# \{0,1\}//p' "$0" && exit 2 ;;
+    *) sed -n '2,17s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

@@ -13,9 +13,14 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO
 
+from lmolt import __version__
+
+# What holds recipes/ and metrics/: the checkout or, of an installed package, the folder that they were put into.
+SHIPPED = next(folder for folder in (Path(__file__).with_name("shipped"), Path(__file__).parents[1]) if folder.is_dir())
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")  # .txt, as ChEBI-20 has them, are .tsv
 
 
@@ -26,6 +31,8 @@ def run_main(main: Callable[[list[str]], object], kept: str = "the same command 
     code 1; LMOLT_DEBUG=1 shows the traceback of both. Ctrl-C says what is `kept`, exit code 130. A reader of the output
     that went away (`| head`) ends it without a word, exit code 141, as a shell counts SIGPIPE.
     """
+    if sys.platform == "win32":  # no signals, locks and figures of memory as POSIX has them; the library imports there
+        sys.exit("error: LMolT's commands run on Linux and macOS; on Windows, run them in WSL")
     first = os.environ.get("RANK", "0") == "0"  # as accelerate launch numbers processes
     for stream in (sys.stdout, sys.stderr):  # a screen that can't show a character is no reason to end
         if isinstance(stream, io.TextIOWrapper):
@@ -54,6 +61,8 @@ def run_main(main: Callable[[list[str]], object], kept: str = "the same command 
         ours = Path(__file__).parent in Path(file).parents
         if not expected or ("site-packages" in file and not ours):
             message += f" ({file}, line {line})"
+        if isinstance(error, ModuleNotFoundError):
+            message += "; pip install 'lmolt[all]' brings what LMolT's commands need"
         if not expected:
             message += "; LMOLT_DEBUG=1 shows the whole traceback"
         print(f"error: {message}", file=sys.stderr)
@@ -66,6 +75,26 @@ def _reader_is_gone(stream) -> bool:
     poll = select.poll()
     poll.register(stream.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def shipped(path: Path | str) -> Path:
+    """The file `path`, such as recipes/demo.yaml, of the working directory or else of what comes with LMolT."""
+    for found in (Path(path), SHIPPED / path):
+        if found.is_file():
+            return found
+    known = ", ".join(sorted(str(found.relative_to(SHIPPED)) for found in (SHIPPED / "recipes").rglob("*.yaml")))
+    raise FileNotFoundError(f"{path}: no such file; with LMolT come {known}")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """What a record of a run says of its software: LMolT's version, Python's, and those of `packages`."""
+    found = {"lmolt": __version__, "python": sys.version.split()[0]}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def cache_folder() -> Path:

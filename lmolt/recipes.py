@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from lmolt.files import shipped
+
 
 def apply_recipe(parser: argparse.ArgumentParser, argv: list[str] | None = None, default: Path | None = None) -> None:
     """Set `parser`'s defaults from the file after `--recipe` in `argv` (or from `default`, where there is none).
@@ -18,8 +20,7 @@ def apply_recipe(parser: argparse.ArgumentParser, argv: list[str] | None = None,
     path = finder.parse_known_args(sys.argv[1:] if argv is None else argv)[0].recipe
     if path is None:
         return
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no recipe {str(path)!r}; the ones that come along are in recipes/")
+    path = shipped(path)
     values = yaml.safe_load(path.read_text()) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is a mapping `key: value`, not a {type(values).__name__}")

@@ -19,9 +19,8 @@ killed goes on where it was.
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
+if not __package__:  # `scripts/` first on the path would shadow the library `evaluate` and hide `lmolt`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import json
@@ -29,14 +28,12 @@ import os
 import random
 from collections import Counter, defaultdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 
-from lmolt import __version__
-from lmolt.files import run_main
+from lmolt.files import run_main, versions
 from lmolt.generation.systems import SYSTEMS, System, finish, load, read_system
 from lmolt.prompts import CAP2MOL, DIRECTIONS, build_prompt
 
-PACKAGES = ("torch", "transformers", "peft", "rdkit", "fcd", "nltk", "rouge-score", "rapidfuzz", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "rdkit", "fcd", "nltk", "rapidfuzz", "numpy")
 CACHE = Path(os.environ.get("LMOLT_CACHE", Path.home() / ".cache" / "lmolt"))
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # as accelerate launch numbers them; it alone scores and writes
 
@@ -257,7 +254,7 @@ def evaluate(args: argparse.Namespace) -> None:
     run.record |= {
         "system": run.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"lmolt": __version__, "python": sys.version.split()[0]} | {p: version(p) for p in PACKAGES},
+        "versions": versions(*PACKAGES),
         "arguments": {key: value for key, value in vars(args).items() if value is not None},
         "data": {"pairs_sha256": digest(rows, ("source", "reference")), "predictions_sha256": digest(rows)},
         "directions": parts,

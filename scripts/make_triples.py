@@ -21,9 +21,8 @@ a summary (.json, .png). What a killed run has translated stays in OUTPUT.journa
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
+if not __package__:  # `scripts/` first on the path would shadow the library `evaluate` and hide `lmolt`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import hashlib
@@ -33,10 +32,8 @@ import random
 import shutil
 from collections import Counter
 from datetime import UTC, datetime
-from importlib.metadata import version
 
-from lmolt import __version__
-from lmolt.files import run_main
+from lmolt.files import run_main, versions
 from lmolt.prompts import CAP2MOL, COLUMNS, DIRECTIONS, MOL2CAP
 from lmolt.recipes import apply_recipe
 
@@ -164,7 +161,7 @@ def summary(args: argparse.Namespace, pairs: dict, models: dict, counts: Counter
         "sha256": {path.name: sha256(path) for path in files if path is not None and path.is_file()},
         "pairs_sha256": used,
         "models": models,
-        "versions": {"lmolt": __version__} | {name: version(name) for name in PACKAGES},
+        "versions": versions(*PACKAGES),
         "arguments": {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()},
     }
 

@@ -15,22 +15,18 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
+if not __package__:  # `scripts/` first on the path would shadow the library `evaluate` and hide `lmolt`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import json
-import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads spin while they wait: CPU time for nothing
 from tqdm import tqdm
 
-import lmolt
-from lmolt.files import run_main
+from lmolt.files import run_main, versions
 from lmolt.merging import methods
 from lmolt.merging.provenance import plot, summarise, summarise_fold, table, write_lineage
 from lmolt.merging.safetensors_io import NAMES, Checkpoint, OutputFolder, check_room, find_folder, inspect_file
@@ -206,8 +202,7 @@ def main(argv: list[str]) -> None:
     packages = ("numpy", "torch", "peft", "bitsandbytes") if args.adapter else ("numpy",)
     lineage = {
         "arguments": arguments,
-        "versions": {"lmolt": lmolt.__version__, "python": platform.python_version()}
-        | {name: version(name) for name in packages},
+        "versions": versions(*packages),
         "inputs": inputs,
         "outputs": outputs,
         "licence": licence,

@@ -12,9 +12,8 @@ that fails doesn't keep others from running. ChemLLM, which runs code of its own
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
+if not __package__:  # `scripts/` first on the path would shadow the library `evaluate` and hide `lmolt`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import shlex

@@ -13,9 +13,8 @@ Writes the adapter, its card, run.json, efficiency.json, the log and a plot to -
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
+if not __package__:  # `scripts/` first on the path would shadow the library `evaluate` and hide `lmolt`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import hashlib
 import os
@@ -23,7 +22,6 @@ import shutil
 import subprocess
 import warnings
 from collections import Counter
-from importlib.metadata import version
 
 import torch
 from transformers import HfArgumentParser, set_seed
@@ -34,7 +32,7 @@ from lmolt.data.pairs import DEMO
 from lmolt.data.triples import read_triples
 from lmolt.distributed import strategy
 from lmolt.distributed.preemption import PreemptionCallback
-from lmolt.files import run_main
+from lmolt.files import SHIPPED, run_main, versions
 from lmolt.models import loading
 from lmolt.recipes import apply_recipe
 from lmolt.training import batches, checkpoints, reference
@@ -50,7 +48,7 @@ def parse_arguments(argv: list[str]) -> PreferenceArguments:
     parser = HfArgumentParser(PreferenceArguments, description=__doc__)
     parser.add_argument("--recipe", help="YAML file of defaults for these flags")
     given = {argument.split("=")[0] for argument in argv}
-    default = None if given & {"--model", "--triples", "--recipe"} else ROOT / "recipes" / "demo.yaml"
+    default = None if given & {"--model", "--triples", "--recipe"} else SHIPPED / "recipes" / "demo.yaml"
     apply_recipe(parser, argv, default)
     args = parser.parse_args_into_dataclasses(argv)[0]
     if not args.model or not args.triples:
@@ -64,9 +62,10 @@ def build_demo() -> None:
 
     build_models()
     if not (DEMO / "triples.parquet").exists():
-        script, recipe = Path(__file__).with_name("make_triples.py"), ROOT / "recipes" / "demo_triples.yaml"
+        script = ["-m", f"{__package__}.make_triples"] if __package__ else [Path(__file__).with_name("make_triples.py")]
+        command = [sys.executable, *script, "--recipe", SHIPPED / "recipes" / "demo_triples.yaml"]
         one_process = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-        if subprocess.run([sys.executable, script, "--recipe", recipe], env=one_process).returncode:
+        if subprocess.run(command, env=one_process).returncode:
             raise ValueError(f"{DEMO}/triples.parquet could not be made; the reason is above")
 
 
@@ -203,7 +202,7 @@ def main(argv: list[str]) -> None:
             "strategy": trainer.strategy,
             "world_size": args.world_size,
             "data": {"triples_sha256": reference.sha256_file(Path(args.triples))} | data,
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": versions(*PACKAGES),
             "licence": licence,
         },
     )

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import yaml
 
+from lmolt.files import SHIPPED, shipped
 from lmolt.prompts import CAP2MOL, DIRECTIONS, STYLES
 
-SYSTEMS = Path(__file__).resolve().parents[2] / "recipes" / "systems.yaml"
+SYSTEMS = SHIPPED / "recipes" / "systems.yaml"
 ARCHITECTURES, KEEP = ("t5", "llama", "internlm2"), ("all", "smiles")
 
 
@@ -39,8 +40,7 @@ def read_system(name: str, path: Path = SYSTEMS) -> System:
 
     `ValueError` on an unknown name, listing the known ones, or on an entry that is not as that file's head describes.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file of systems {str(path)!r}; recipes/systems.yaml comes along")
+    path = shipped(path)
     entries = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if name not in entries:
         near = difflib.get_close_matches(name, entries, n=1)
