@@ -7,7 +7,6 @@ Two files tell, in the folder that a script writes to: `.lmolt.lock` names the p
 import atexit
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -87,6 +86,8 @@ def release() -> None:
 
 def _try(descriptor: int) -> str | None:
     """ "kernel" with its lock taken, "none" on a disk without locks, None where another process has it."""
+    import fcntl  # here: Windows has none, and reads what others wrote
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

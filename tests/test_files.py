@@ -94,3 +94,27 @@ def test_a_hash_needs_no_cache(tmp_path, monkeypatch):
     assert files.content_hash(file) == f"9000000-{xxhash.xxh3_128_hexdigest(bytes(9_000_000))}"
     with pytest.raises(FileNotFoundError):
         files.content_hash(tmp_path / "none")
+
+
+def test_windows_is_told_in_one_line():
+    """Simulated: without what Windows lacks, all of lmolt but the supervisor is imported, and a command says it."""
+    code = """
+import builtins, pkgutil, signal, sys
+import lmolt
+found = builtins.__import__
+def windows(name, globals=None, *rest):
+    if name in ("fcntl", "resource") and (globals or {}).get("__name__", "").startswith("lmolt"):
+        raise ModuleNotFoundError(name)
+    return found(name, globals, *rest)
+builtins.__import__ = windows
+del signal.SIGUSR1
+for module in pkgutil.walk_packages(lmolt.__path__, "lmolt."):
+    if module.name != "lmolt.distributed.nodes":
+        __import__(module.name)
+from lmolt.files import run_main
+sys.platform = "win32"
+run_main(print)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: LMolT's commands run on Linux and macOS; on Windows, run them in WSL\n"

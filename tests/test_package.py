@@ -83,5 +83,4 @@ def test_commands_run_from_anywhere(run, tiny_policy, tmp_path):
     (tmp_path / "pairs.csv").write_text("molecule,caption\nCCO,It is ethanol.\nCCN,It is ethylamine.\n")
     run("lmolt-triples", "--pairs", "pairs.csv", "--fraction", "1", *model, "--output", "triples.jsonl")
     assert len((tmp_path / "triples.jsonl").read_text().splitlines()) == 2
-    assert "--beta" in run("lmolt-train", "--help")
     assert "--beta" in run("accelerate", "launch", "--quiet", "-m", "lmolt.commands.train_pref", "--help")

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from lmolt.distributed.strategy import leave_group
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = [signal.SIGTERM, *filter(None, [getattr(signal, "SIGUSR1", None)])]  # Windows has no SIGUSR1
 
 
 class PreemptionCallback(TrainerCallback):

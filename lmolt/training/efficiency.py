@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import sys
 import time
 from pathlib import Path
@@ -92,6 +91,8 @@ def peak_memory_bytes() -> int:
     """Of this process: the GPU's allocator where there is one, else the resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    import resource  # here: Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
