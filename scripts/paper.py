@@ -23,7 +23,7 @@ from typing import NamedTuple
 import yaml
 
 from lmolt.files import run_main
-from lmolt.generation.systems import SYSTEMS, read_system
+from lmolt.generation.systems import SYSTEMS, System, read_system
 from lmolt.prompts import CAP2MOL, MOL2CAP
 from lmolt.training.losses import LOSSES
 
@@ -75,6 +75,7 @@ class Scale(NamedTuple):
     base: str  # the model that both unidirectional ones were trained from
     fuse: list[str]  # flags beside the recipe's
     triples: Stage
+    eval_triples: Stage
     train: list[str]  # flags beside the recipe's
     evaluate: list[str]  # flags
 
@@ -84,13 +85,18 @@ def scales() -> dict[str, Scale]:
     translator = read_system("molt5_large").models
     triples = ["python", *flags("scripts/make_triples.py --pairs lpm24 --fraction 0.1 --invalid_pairs drop")]
     triples += ["--mol2cap_model", translator[MOL2CAP], "--cap2mol_model", translator[CAP2MOL]]
-    triples += flags("--output runs/paper/triples.parquet")
+    of_split = lambda split, name: [*triples, "--split", split, "--output", f"runs/paper/{name}.parquet"]
     paper = Scale(
         systems="recipes/systems.yaml",
         folder="runs/paper",
         base="epfl-llm/meditron-7b",
         fuse=flags("--dtype bfloat16"),  # the base's; both Meditrons are stored in fp32
-        triples=Stage("triples", "runs/paper/triples.parquet", triples, memory=6, hours=1),
+        triples=Stage("triples", "runs/paper/triples.parquet", of_split("train", "triples"), memory=6, hours=1),
+        eval_triples=Stage(
+            *("eval triples", "runs/paper/eval_triples.parquet", of_split("validation", "eval_triples")),
+            memory=6,
+            hours=0.3,
+        ),
         train=[],
         # which NLI-DeBERTa: not stated; our choice, because it is the largest of its kind
         evaluate=flags(
@@ -102,17 +108,21 @@ def scales() -> dict[str, Scale]:
     triples = flags("python scripts/make_triples.py --recipe recipes/demo_triples.yaml")
     ours = yaml.safe_load((RECIPES / "demo.yaml").read_text(encoding="utf-8"))
     ours = [f"--{key}={value}" for key, value in ours.items() if key not in ("loss", "model")]
+    ours.append("--eval_triples=runs/demo/eval_triples.parquet")
+    held_out = [*triples, *flags("--split validation --fraction 1 --output runs/demo/eval_triples.parquet")]
     demo = Scale(
         systems="recipes/systems_demo.yaml",
         folder="runs/paper_demo",
         base="runs/demo/models/base",
         fuse=[],
         triples=Stage("triples", "runs/demo/triples.parquet", triples, ["stand-ins"], hours=0.02),
+        eval_triples=Stage("eval triples", "runs/demo/eval_triples.parquet", held_out, ["stand-ins"], hours=0.005),
         train=[*ours, *flags("--max_steps 100")],
         evaluate=flags("--pairs runs/demo/pairs.parquet --limit 100 --max_new_tokens 128 --n_bootstrap 200"),
     )
     tiny = demo._replace(
         triples=demo.triples._replace(command=[*triples, *flags("--fraction 0.5 --max_new_tokens 16")], hours=0),
+        eval_triples=demo.eval_triples._replace(command=[*held_out, *flags("--max_new_tokens 16")], hours=0),
         train=[*ours, *flags("--max_steps 1")],
         evaluate=flags(
             "--pairs runs/demo/pairs.parquet --limit 6 --max_new_tokens 4 --n_bootstrap 10 --n_shuffles 2 --no_fcd"
@@ -121,15 +131,29 @@ def scales() -> dict[str, Scale]:
     return {"paper": paper, "demo": demo, "tiny": tiny}
 
 
+def systems(scale: Scale) -> dict[str, System]:
+    """The tables' rows that a scale has, in their order."""
+    file = RECIPES.parent / scale.systems
+    known = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return {row: read_system(row, file) for row in ROWS if row in known}
+
+
+def left_out(name: str, trust_remote_code: bool) -> list[str]:
+    """The tables' rows that the plan has not, and why, in words."""
+    return [
+        f"{ROWS[row]} ({row}), which runs code that comes with its weights; --trust_remote_code adds it"
+        for row, system in systems(scales()[name]).items()
+        if system.trust_remote_code and not trust_remote_code
+    ]
+
+
 def plan(name: str, only: list[str] | None = None, trust_remote_code: bool = False) -> list[Stage]:
     """The stages of scale `name` in an order in which they can run; of the rows `only`, and Meditron, the baseline."""
     scale = scales()[name]
-    known = yaml.safe_load(Path(RECIPES.parent, scale.systems).read_text(encoding="utf-8"))
-    rows = {row: read_system(row, Path(RECIPES.parent, scale.systems)) for row in ROWS if row in known}
-    rows = {row: system for row, system in rows.items() if trust_remote_code or not system.trust_remote_code}
+    rows = {row: system for row, system in systems(scale).items() if trust_remote_code or not system.trust_remote_code}
     rows = {row: system for row, system in rows.items() if not only or row in only or row == "meditron"}
     folder, full = scale.folder, name == "paper"
-    stages, first = [scale.triples], [] if full else ["stand-ins"]
+    stages, first = [scale.triples, scale.eval_triples], [] if full else ["stand-ins"]
     if not full:
         command = ["python", "-m", "lmolt.demo.build"] + ["--scale", "tiny"] * (name == "tiny")
         stages.insert(0, Stage("stand-ins", "runs/demo/models/finished", command, hours=0.04))
@@ -152,7 +176,7 @@ def plan(name: str, only: list[str] | None = None, trust_remote_code: bool = Fal
             command = ["python", "scripts/train_pref.py", "--recipe", system.recipe, "--resume_from_checkpoint", "true"]
             if scale.train:
                 command += [*scale.train, "--model", system.models[CAP2MOL], "--output_dir", system.adapters[CAP2MOL]]
-            needs = ["triples", *(method for method in FUSED if row.startswith(method))]
+            needs = ["triples", "eval triples", *(method for method in FUSED if row.startswith(method))]
             memory, hours = (TRAIN_MEMORY, train_hours(loss)) if full else (0, 0.01)
             leaves = f"{folder}/{row}/adapter_model.safetensors"
             stages.append(Stage(row, leaves, command, needs, memory, hours))
@@ -164,7 +188,16 @@ def plan(name: str, only: list[str] | None = None, trust_remote_code: bool = Fal
         command += ["--output", output]
         stages.append(Stage(f"evaluate {row}", f"{output}/metrics.json", command, needs, memory, hours))
 
-    # --- Tables 1 to 4
+    # --- Tables 1 to 4; the differences that Tables 3 and 4 print, of a fused row against the same loss without fusion
+    for row in ("dpo", "dpo_kto_pair", "cpo"):
+        fused = [f"{method}_{row}" for method in FUSED if f"{method}_{row}" in rows]
+        if row in rows and fused:
+            folders = [f"{folder}/evaluation/{one}" for one in (row, *fused)]
+            command = ["python", "scripts/evaluate.py", "--compare", *folders, "--baseline", ROWS[row]]
+            command += ["--output", f"{folder}/report_{row}"]
+            needs = [f"evaluate {one}" for one in (row, *fused)]
+            leaves = f"{folder}/report_{row}/report.html"
+            stages.append(Stage(f"fusion and {row}", leaves, command, needs, 0, 0.02 if full else 0.002))
     command = ["python", "scripts/evaluate.py", "--compare", *(f"{folder}/evaluation/{row}" for row in rows)]
     command += ["--baseline", ROWS["meditron"], "--output", f"{folder}/report"]
     needs = [f"evaluate {row}" for row in rows]
@@ -214,6 +247,8 @@ def main(argv: list[str]) -> None:
         parser.error("run this in the project's folder, where scripts/ is")
     stages = plan(args.scale, args.rows, args.trust_remote_code)
     print(shown(stages))
+    for line in left_out(args.scale, args.trust_remote_code):
+        print(f"left out: {line}")
     if args.dry_run:
         for stage in stages:
             print(f"\n# {stage.name}: {stage.leaves}\n{shlex.join(stage.command)}")

@@ -29,7 +29,7 @@ def test_the_plan_is_complete_and_in_order(scale, rows):
     for stage in stages:
         assert set(stage.needs) <= set(seen), stage.name
         seen.append(stage.name)
-    assert len(set(seen)) == len(seen) == 1 + (scale != "paper") + 2 + rows + len(TRAINED) + 1
+    assert len(set(seen)) == len(seen) == 2 + (scale != "paper") + 2 + rows + len(TRAINED) + 3 + 1
     assert set(seen) >= TRAINED and stages[-1].name == "tables" and len(stages[-1].needs) == rows
     assert len({stage.leaves for stage in stages}) == len(stages)
 
@@ -52,6 +52,7 @@ def test_remote_code_and_rows_are_asked_for():
     assert "evaluate chem_llm" not in names() and "evaluate chem_llm" in names(None, True)
     assert names(["slerp_cpo"]) == {
         "triples",
+        "eval triples",
         "slerp",
         "evaluate meditron",
         "slerp_cpo",
@@ -81,7 +82,8 @@ def test_the_scripts_take_every_command(scale):
                 args.triples == next(s.leaves for s in plan(scale) if s.name == "triples") and args.loss in stage.name
             )
             fused = args.model.rpartition("/")[2]
-            assert (fused if fused in ("ties", "slerp") else "triples") == stage.needs[-1]
+            assert (fused if fused in ("ties", "slerp") else "eval triples") == stage.needs[-1]
+            assert args.eval_triples == next(s.leaves for s in plan(scale) if s.name == "eval triples")
         elif script == "merge":
             parser = merge.build_parser()
             apply_recipe(parser, [word.replace("recipes/", f"{ROOT}/recipes/") for word in argv])
@@ -95,6 +97,7 @@ def test_the_scripts_take_every_command(scale):
 def test_dry_run_prints_the_plan_and_runs_nothing():
     command = [sys.executable, "scripts/paper.py", "--dry_run"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "left out: ChemLLM (chem_llm), which runs code that comes with its weights" in done.stdout
     assert "hours left" in done.stdout and "slerp_cpo" in done.stdout
     assert "python scripts/train_pref.py --recipe recipes/paper/cpo.yaml --resume_from_checkpoint true\n" in done.stdout
     away = subprocess.run([command[0], ROOT / command[1]], cwd="/", capture_output=True, text=True)
@@ -112,7 +115,7 @@ def test_a_row_from_nothing_to_the_tables(tmp_path):
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
     for number, name in enumerate(("mol2cap", "cap2mol"), 1):
         assert "TIES + DPO (as run)" in (tmp_path / f"runs/paper_demo/report/table{number}_{name}.csv").read_text()
-    assert run().stdout.count(": done (") == 7
+    assert run().stdout.count(": done (") == 8
     (tmp_path / "runs/paper_demo/evaluation/meditron/metrics.json").unlink()
     (tmp_path / "runs/paper_demo/report/report.html").unlink()
     shutil.rmtree(tmp_path / "runs/demo/models/mol2cap")
