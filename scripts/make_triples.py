@@ -14,8 +14,9 @@ Models: causal or sequence-to-sequence, a folder or a Hub id; with --pairs demo 
 runs/demo lacks of pairs and models is built first. Outputs that exist: a .txt with one a line for each pair of --pairs
 (and --split), or a table with `id` and `prediction` or `output`.
 An output that is empty, or equal to the preferred one, makes no triple; of several candidates (a table's rows of one
-id, or --num_candidates) the hardest does, the wrong one closest to the preferred. Writes the triples and, beside them,
-a summary (.json, .png). What a killed run has translated stays in OUTPUT.journal: the same command goes on from it.
+id, or --num_candidates) the hardest does (--negatives), or several (--num_rejected). On-policy rounds take the model in
+training as its own translator: --mol2cap_model and --cap2mol_model its base, --mol2cap_adapter and --cap2mol_adapter
+what training wrote (docs/data.md). Writes the triples and, beside them, a summary (.json, .png). What a killed run has translated stays in OUTPUT.journal: the same command goes on from it.
 """
 
 import sys
@@ -63,12 +64,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--invalid_pairs", choices=("error", "drop"), default="error", help="that don't parse, or are empty"
     )
     for direction in DIRECTIONS:
-        group = parser.add_argument_group(direction).add_mutually_exclusive_group()
-        group.add_argument(f"--{direction}_model", help="folder or Hub id")
-        group.add_argument(f"--{direction}_outputs", type=Path, help="file of outputs that exist")
+        group = parser.add_argument_group(direction)
+        either = group.add_mutually_exclusive_group()
+        either.add_argument(f"--{direction}_model", help="folder or Hub id")
+        either.add_argument(f"--{direction}_outputs", type=Path, help="file of outputs that exist")
+        group.add_argument(f"--{direction}_adapter", help="LoRA adapter of the model: folder or Hub id")
     parser.add_argument("--max_new_tokens", type=int, default=250, help="default: the paper's 250")
     parser.add_argument("--num_beams", type=int, default=1, help="default: greedy")
     parser.add_argument("--num_candidates", type=int, default=1, help="sample so many, take the hardest negative")
+    parser.add_argument(
+        "--negatives", choices=("closest", "invalid", "hallucinated"), default="closest", help="which wrong candidates: closest to the preferred output "
+        "(default), invalid SMILES first, or those with most functional groups that the molecule lacks"
+    )  # fmt: skip
+    parser.add_argument("--num_rejected", type=int, default=1, help="triples of a pair at most, one a wrong candidate")
     parser.add_argument("--temperature", type=float, help="of sampling (default: 1 with --num_candidates, else greedy)")
     parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that make up this")
     parser.add_argument("--tokens_per_batch", type=int, default=16384, help="prompts and outputs together")
@@ -87,6 +95,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for direction in args.directions:
         if not (getattr(args, f"{direction}_model") or getattr(args, f"{direction}_outputs") or args.pairs == "demo"):
             parser.error(f"give --{direction}_model or --{direction}_outputs, or choose other --directions")
+        if getattr(args, f"{direction}_adapter") and not getattr(args, f"{direction}_model"):
+            parser.error(f"--{direction}_adapter is of a model: give --{direction}_model, its base")
+    if not 1 <= args.num_rejected:
+        parser.error(f"--num_rejected {args.num_rejected}: it is 1 or more")
     if args.output.suffix not in (".parquet", ".jsonl"):
         parser.error(f"--output {args.output}: triples are .parquet or .jsonl")
     if args.temperature is None:
@@ -196,7 +208,8 @@ def main(argv: list[str]) -> None:
             outputs, models[direction] = translations(args, direction, prompts[direction], journal)
         else:
             outputs = [pair[direction] for pair in pairs[direction]]
-        made, close = triples_of(direction, pairs[direction], outputs, args.drop_invalid, counts)
+        chosen = {"choice": args.negatives, "most": args.num_rejected}
+        made, close = triples_of(direction, pairs[direction], outputs, args.drop_invalid, counts, **chosen)
         similarities[direction], described[direction] = close, describe(direction, made, close)
         triples += made
     if not triples:
@@ -244,8 +257,9 @@ def translations(args: argparse.Namespace, direction: str, prompts: list[str], j
     """Each prompt's outputs, one or --num_candidates, and what made them."""
     from lmolt.generation.translate import identity, load_translator, translate
 
-    name, n = getattr(args, f"{direction}_model"), args.num_candidates
-    model, tokenizer = load_translator(name, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    name, adapter = getattr(args, f"{direction}_model"), getattr(args, f"{direction}_adapter")
+    n = args.num_candidates
+    model, tokenizer = load_translator(name, adapter, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     outputs = translate(
         model,
         tokenizer,
@@ -257,9 +271,10 @@ def translations(args: argparse.Namespace, direction: str, prompts: list[str], j
         top_p=args.top_p,
         seed=args.seed,
         journal=journal / direction,
-        progress=f"{direction} with {name}",
+        progress=f"{direction} with {adapter or name}",
     )
-    return [outputs[i : i + n] for i in range(0, len(outputs), n)], {"name": name, "weights": identity(model)}
+    made_by = {"name": name, "adapter": adapter, "weights": identity(model)}
+    return [outputs[i : i + n] for i in range(0, len(outputs), n)], made_by
 
 
 def command() -> None:

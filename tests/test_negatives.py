@@ -79,3 +79,29 @@ def test_the_summary_of_known_triples():
     line = " ".join(table(described).splitlines()[1].split())
     assert line == "cap2mol 3 2 [2, 2] chars 4 [3, 5] chars 66.7% 0.50 [0.38, 0.62] Morgan Tanimoto"
     assert triples_figure(triples, {"cap2mol": [0.25, 0.75, float("nan")], "mol2cap": []}).startswith(b"\x89PNG")
+
+
+def rejected(direction, pair, outputs, **chosen):
+    triples, similarities = triples_of(direction, [pair], [outputs], False, Counter(), **chosen)
+    assert len(triples) == len(similarities)
+    return [triple["rejected"] for triple in triples]
+
+
+def test_invalid_ones_first_and_several_of_a_pair():
+    near, far, broken = "CCC(=O)Nc1ccc(O)cc1", "CCO", "C1CC"
+    outputs = [far, broken, near]
+    assert rejected("cap2mol", PAIR, outputs, choice="invalid") == [broken]
+    assert rejected("cap2mol", PAIR, outputs, choice="invalid", most=2) == [broken, near]
+    assert rejected("cap2mol", PAIR, outputs, most=5) == [near, far, broken]
+
+
+def test_hallucinated_groups_are_counted_against_the_molecule():
+    acetaminophen = PAIR  # an amide and a phenol; neither nitrile nor carboxylic acid
+    true, one, two = (
+        "The molecule is a phenol and an amide.",
+        "The molecule is a phenol and a nitrile.",
+        "The molecule is a nitrile and a carboxylic acid.",
+    )
+    assert rejected("mol2cap", acetaminophen, [true, two, one], choice="hallucinated", most=3) == [two, one, true]
+    nitrile, amide = "N#CCc1ccc(O)cc1", "CCC(=O)Nc1ccc(O)cc1"
+    assert rejected("cap2mol", acetaminophen, [amide, nitrile, "C1C"], choice="hallucinated") == [nitrile]

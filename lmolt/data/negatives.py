@@ -1,8 +1,12 @@
 """Which of a translator's outputs becomes the dis-preferred one of a triple, and how far those are from the preferred.
 
 A pair has one output or several candidates. Those that are right are no negatives: captions that are the same words,
-molecules of the same canonical SMILES or InChI. Of the wrong ones the hardest is taken: the closest to the preferred
-output, captions by Chr-F, molecules by Morgan Tanimoto (radius 2, counts), and one that is no molecule last.
+molecules of the same canonical SMILES or InChI. Of the wrong ones the hardest is taken, or several, by a `CHOICES`:
+
+    closest        to the preferred output, captions by Chr-F, molecules by Morgan Tanimoto (radius 2, counts); one that
+                   is no molecule last
+    invalid        what is no molecule first, then the closest
+    hallucinated   most functional groups that the pair's molecule lacks, then the closest
 """
 
 from collections import Counter, defaultdict
@@ -15,11 +19,12 @@ from rdkit import Chem, DataStructs
 from rdkit.Chem import rdFingerprintGenerator, rdMolDescriptors
 
 from lmolt.files import read_table, read_text
-from lmolt.metrics.hallucination import chrf
+from lmolt.metrics.hallucination import chrf, groups_claimed, groups_present
 from lmolt.metrics.molecule import in_processes, parse
 from lmolt.prompts import CAP2MOL, COLUMNS, MOL2CAP
 
 SIMILARITIES = {MOL2CAP: "Chr-F", CAP2MOL: "Morgan Tanimoto"}
+CHOICES = ("closest", "invalid", "hallucinated")
 _MORGAN = rdFingerprintGenerator.GetMorganGenerator(radius=2)
 
 
@@ -82,20 +87,40 @@ def read_outputs(path: Path, direction: str, pairs: list[dict]) -> list[list[str
     return [outputs[pair["id"]] for pair in pairs]
 
 
+def invented_groups(direction: str, pairs: list[dict], outputs: list[list[str]]) -> list[list[int]]:
+    """How many functional groups each output claims (a caption) or has (a molecule) that the pair's molecule lacks."""
+    molecules = [pair["molecule"] for pair in pairs]
+    texts = [output for its in outputs for output in its] if direction == CAP2MOL else []
+    distinct = list(dict.fromkeys([*molecules, *texts]))
+    present = dict(zip(distinct, in_processes(groups_present, distinct), strict=True))
+    said = present.__getitem__ if direction == CAP2MOL else groups_claimed
+    invented = lambda output, own: sum(a and not b for a, b in zip(said(output) or [], own or [], strict=False))
+    return [[invented(o, present[m]) for o in its] for m, its in zip(molecules, outputs, strict=True)]
+
+
 def triples_of(
-    direction: str, pairs: list[dict], candidates: list[list[str]], drop_invalid: bool, counts: Counter
+    direction: str,
+    pairs: list[dict],
+    candidates: list[list[str]],
+    drop_invalid: bool,
+    counts: Counter,
+    *,
+    choice: str = "closest",
+    most: int = 1,
 ) -> tuple[list[dict], list[float]]:
     """Triples of one direction, and the similarity of each one's dis-preferred output to the preferred (NaN: invalid).
 
     `candidates`: each pair's outputs, none where there is none. `drop_invalid` takes no SMILES that doesn't parse.
-    What makes no triple is counted by cause, outputs as well as pairs.
+    `choice` (of `CHOICES`) says which are taken, `most` how many of a pair: each makes a triple of its own, whose source
+    and preferred output the preference tree holds once. What makes no triple is counted by cause, outputs and pairs.
     """
     source, target = COLUMNS[direction]
     stripped = [[output.strip() for output in outputs] for outputs in candidates]
     compared = ((pair[target], output) for pair, outputs in zip(pairs, stripped, strict=True) for output in outputs)
     judgements = judge(direction, (comparison for comparison in compared if comparison[1]))
+    invented = invented_groups(direction, pairs, stripped) if choice == "hallucinated" else None
     found, triples, similarities = Counter(), [], []
-    for pair, outputs in zip(pairs, stripped, strict=True):
+    for number, (pair, outputs) in enumerate(zip(pairs, stripped, strict=True)):
         found["no output"] += not outputs
         wrong = {}
         for output in outputs:
@@ -112,11 +137,17 @@ def triples_of(
         if not wrong:
             found["pairs without a wrong output"] += 1
             continue
-        hardest = max(wrong, key=lambda output: (wrong[output].valid, wrong[output].similarity))  # the first of equals
-        found["invalid SMILES kept"] += not wrong[hardest].valid
-        similarities.append(wrong[hardest].similarity)
-        row = {"id": pair["id"], "direction": direction, "source": pair[source]}
-        triples.append(row | {"chosen": pair[target], "rejected": hardest})
+        hardness = lambda output: (wrong[output].valid, wrong[output].similarity)
+        if choice == "invalid":
+            hardness = lambda output: (not wrong[output].valid, wrong[output].similarity)
+        elif choice == "hallucinated":
+            of = dict(zip(outputs, invented[number], strict=True))
+            hardness = lambda output, of=of: (of[output], wrong[output].valid, wrong[output].similarity)
+        for output in sorted(wrong, key=hardness, reverse=True)[:most]:  # the first of equals
+            found["invalid SMILES kept"] += not wrong[output].valid
+            similarities.append(wrong[output].similarity)
+            row = {"id": pair["id"], "direction": direction, "source": pair[source]}
+            triples.append(row | {"chosen": pair[target], "rejected": output})
     found["triples"] = len(triples)
     counts.update({f"{direction}: {cause}": n for cause, n in found.items() if n or cause == "triples"})
     return triples, similarities
