@@ -14,9 +14,10 @@ Models: causal or sequence-to-sequence, a folder or a Hub id; with --pairs demo 
 runs/demo lacks of pairs and models is built first. Outputs that exist: a .txt with one a line for each pair of --pairs
 (and --split), or a table with `id` and `prediction` or `output`.
 An output that is empty, or equal to the preferred one, makes no triple; of several candidates (a table's rows of one
-id, or --num_candidates) the hardest does (--negatives), or several (--num_rejected). On-policy rounds take the model in
-training as its own translator: --mol2cap_model and --cap2mol_model its base, --mol2cap_adapter and --cap2mol_adapter
-what training wrote (docs/data.md). Writes the triples and, beside them, a summary (.json, .png). What a killed run has translated stays in OUTPUT.journal: the same command goes on from it.
+id, or --num_candidates) the hardest does (--negatives), or several (--num_rejected). In on-policy rounds the model in
+training is its own translator: --mol2cap_model and --cap2mol_model its base, --mol2cap_adapter and --cap2mol_adapter
+what training wrote (docs/data.md). Writes the triples and, beside them, a summary (.json, .png). What a killed run has
+translated stays in OUTPUT.journal: the same command goes on from it.
 """
 
 import sys
@@ -73,9 +74,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_beams", type=int, default=1, help="default: greedy")
     parser.add_argument("--num_candidates", type=int, default=1, help="sample so many, take the hardest negative")
     parser.add_argument(
-        "--negatives", choices=("closest", "invalid", "hallucinated"), default="closest", help="which wrong candidates: closest to the preferred output "
-        "(default), invalid SMILES first, or those with most functional groups that the molecule lacks"
-    )  # fmt: skip
+        "--negatives",
+        choices=("closest", "invalid", "hallucinated"),
+        default="closest",
+        help="which wrong candidates: the closest to the preferred output (default), invalid SMILES first, or those "
+        "with most functional groups that the molecule lacks",
+    )
     parser.add_argument("--num_rejected", type=int, default=1, help="triples of a pair at most, one a wrong candidate")
     parser.add_argument("--temperature", type=float, help="of sampling (default: 1 with --num_candidates, else greedy)")
     parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that make up this")
@@ -97,7 +101,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"give --{direction}_model or --{direction}_outputs, or choose other --directions")
         if getattr(args, f"{direction}_adapter") and not getattr(args, f"{direction}_model"):
             parser.error(f"--{direction}_adapter is of a model: give --{direction}_model, its base")
-    if not 1 <= args.num_rejected:
+    if args.num_rejected < 1:
         parser.error(f"--num_rejected {args.num_rejected}: it is 1 or more")
     if args.output.suffix not in (".parquet", ".jsonl"):
         parser.error(f"--output {args.output}: triples are .parquet or .jsonl")
