@@ -111,8 +111,9 @@ def triples_of(
     """Triples of one direction, and the similarity of each one's dis-preferred output to the preferred (NaN: invalid).
 
     `candidates`: each pair's outputs, none where there is none. `drop_invalid` takes no SMILES that doesn't parse.
-    `choice` (of `CHOICES`) says which are taken, `most` how many of a pair: each makes a triple of its own, whose source
-    and preferred output the preference tree holds once. What makes no triple is counted by cause, outputs and pairs.
+    `choice` (of `CHOICES`) says which are taken, `most` how many of a pair: each makes a triple of its own, and the
+    preference tree holds their source and preferred output once. What makes no triple is counted by cause, outputs as
+    well as pairs.
     """
     source, target = COLUMNS[direction]
     stripped = [[output.strip() for output in outputs] for outputs in candidates]
@@ -137,13 +138,13 @@ def triples_of(
         if not wrong:
             found["pairs without a wrong output"] += 1
             continue
-        hardness = lambda output: (wrong[output].valid, wrong[output].similarity)
+        first = dict.fromkeys(wrong, 0)  # what counts before validity and similarity
         if choice == "invalid":
-            hardness = lambda output: (not wrong[output].valid, wrong[output].similarity)
+            first = {output: not judged.valid for output, judged in wrong.items()}
         elif choice == "hallucinated":
-            of = dict(zip(outputs, invented[number], strict=True))
-            hardness = lambda output, of=of: (of[output], wrong[output].valid, wrong[output].similarity)
-        for output in sorted(wrong, key=hardness, reverse=True)[:most]:  # the first of equals
+            first = dict(zip(outputs, invented[number], strict=True))
+        hardness = {output: (first[output], judged.valid, judged.similarity) for output, judged in wrong.items()}
+        for output in sorted(wrong, key=hardness.get, reverse=True)[:most]:  # the first of equals
             found["invalid SMILES kept"] += not wrong[output].valid
             similarities.append(wrong[output].similarity)
             row = {"id": pair["id"], "direction": direction, "source": pair[source]}
