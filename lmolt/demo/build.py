@@ -40,6 +40,7 @@ class Scale(NamedTuple):
     llama_epochs: int
     t5_layers: int
     t5_epochs: int
+    seed: int = SEED  # of the models' weights and the order of their data; the pairs have always the same
 
 
 SCALES = {"full": Scale(None, 128, 4, 6, 2, 2, 4), "tiny": Scale(200, 64, 1, 1, 1, 1, 1)}
@@ -95,8 +96,9 @@ def _make_pairs(most: int | None) -> list[dict]:
 # --- models
 
 
-def build_models(root: Path = DEMO, scale: str = "full") -> None:
+def build_models(root: Path = DEMO, scale: str = "full", seed: int = SEED) -> None:
     """Train what `root`/models lacks of the tokenizer, the base, and a Llama and a T5 for each direction."""
+    size = SCALES[scale]._replace(seed=seed)
     models, finished = root / "models", root / "models" / "finished"
     if finished.exists():
         return
@@ -109,7 +111,7 @@ def build_models(root: Path = DEMO, scale: str = "full") -> None:
     # Ctrl-C by itself, silently; this process reports.
     context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)
     with ProcessPoolExecutor(2, context, initializer=signal.signal, initargs=quiet) as pool:
-        build = lambda folders: [pool.submit(_build_model, f, train, SCALES[scale]) for f in folders if not f.exists()]
+        build = lambda folders: [pool.submit(_build_model, f, train, size) for f in folders if not f.exists()]
         base, others = build([models / "base"]), build(t5s)  # side by side
         for future in base:
             print(f"wrote {future.result()}")
@@ -181,7 +183,7 @@ def _train_base(train: list[dict], tokenizer, size: Scale):
     from rdkit import Chem
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(SEED)
+    torch.manual_seed(size.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -199,10 +201,10 @@ def _train_base(train: list[dict], tokenizer, size: Scale):
     texts = []
     for pair in train:
         smiles, caption = pair["molecule"], pair["caption"]
-        first, second = Chem.MolToRandomSmilesVect(Chem.MolFromSmiles(smiles), 2, randomSeed=SEED + 1)
+        first, second = Chem.MolToRandomSmilesVect(Chem.MolFromSmiles(smiles), 2, randomSeed=size.seed + 1)
         texts += [f"{smiles}\n{caption}", f"{first}\n{caption}", f"{caption}\n{smiles}", second]
     rows = [([], encode_output(tokenizer, text)) for text in texts]
-    _optimise(model, rows, _causal_loss(model, encode_prompt(tokenizer, "")), size.base_epochs, "Llama base")
+    _optimise(model, rows, _causal_loss(model, encode_prompt(tokenizer, "")), size.base_epochs, "Llama base", size.seed)
     return model
 
 
@@ -225,7 +227,9 @@ def _train_llama(base: Path, train: list[dict], direction: str, tokenizer, size:
         (prompt[len(instruction) :], encode_output(tokenizer, pair[target]))
         for prompt, pair in zip(prompts, train, strict=True)
     ]
-    _optimise(model, rows, _causal_loss(model, instruction, closing), size.llama_epochs, f"Llama {direction}")
+    _optimise(
+        model, rows, _causal_loss(model, instruction, closing), size.llama_epochs, f"Llama {direction}", size.seed
+    )
     return model
 
 
@@ -257,7 +261,7 @@ def _train_t5(train: list[dict], direction: str, tokenizer, size: Scale):
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
-    torch.manual_seed(SEED)
+    torch.manual_seed(size.seed)
     model = T5ForConditionalGeneration(
         T5Config(
             vocab_size=len(tokenizer),
@@ -279,7 +283,7 @@ def _train_t5(train: list[dict], direction: str, tokenizer, size: Scale):
         ids, mask = _pad([s for s, _ in batch]), _pad([[1] * len(s) for s, _ in batch])
         return model(input_ids=ids, attention_mask=mask, labels=_pad([t for _, t in batch], -100)).loss
 
-    _optimise(model, rows, loss, size.t5_epochs, f"T5 {direction}")
+    _optimise(model, rows, loss, size.t5_epochs, f"T5 {direction}", size.seed)
     return model
 
 
@@ -290,7 +294,7 @@ def _pad(rows: list[list[int]], fill: int = 0):
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
 
 
-def _optimise(model, rows: list[tuple[list[int], list[int]]], loss, epochs: int, description: str) -> None:
+def _optimise(model, rows: list[tuple[list[int], list[int]]], loss, epochs: int, description: str, seed: int) -> None:
     """Minimise `loss(batch)` over (source ids, target ids): Muon for the linear layers, AdamW for the rest.
 
     Muon (Jordan et al. 2024) learns to read the source in half of the steps that AdamW needs here.
@@ -298,7 +302,7 @@ def _optimise(model, rows: list[tuple[list[int], list[int]]], loss, epochs: int,
     import torch
     from tqdm import tqdm
 
-    draw = random.Random(SEED)
+    draw = random.Random(seed)
     steps = [batch for _ in range(epochs) for batch in _batches(rows, draw)]
     layers = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
     matrices = {id(layer.weight) for layer in layers}
@@ -344,7 +348,10 @@ def _batches(rows: list[tuple[list[int], list[int]]], draw: random.Random) -> li
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="full", help="tiny: for tests")
-    build_models(scale=parser.parse_args(argv).scale)
+    parser.add_argument("--folder", type=Path, default=DEMO, help=f"default: {DEMO}")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the models; the pairs are always the same")
+    args = parser.parse_args(argv)
+    build_models(args.folder, args.scale, args.seed)
 
 
 if __name__ == "__main__":
