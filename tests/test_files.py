@@ -100,7 +100,9 @@ def test_windows_is_told_in_one_line():
     """Simulated: without what Windows lacks, all of lmolt but the supervisor is imported, and a command says it."""
     code = """
 import builtins, pkgutil, signal, sys
-import lmolt
+import lmolt, torch.distributed.elastic.multiprocessing
+from accelerate.utils import reduce
+from transformers import Trainer
 found = builtins.__import__
 def windows(name, globals=None, *rest):
     if name in ("fcntl", "resource") and (globals or {}).get("__name__", "").startswith("lmolt"):
