@@ -109,6 +109,22 @@ def cache_folder() -> Path:
         ) from None
 
 
+def read_json(path: Path | str) -> dict:
+    """The object in a JSON file; `ValueError` names the file, and where in it is what can't be read."""
+    path = Path(path)
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise ValueError(f"{path} {where}: not JSON ({error.msg}); the file is damaged, get it again") from None
+    except (RecursionError, ValueError) as error:  # nested by the thousand, a number of thousands of digits
+        raise ValueError(f"{path}: not JSON that can be read ({' '.join(str(error).split())[:80]})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: {text[:40]!r} is not a JSON object {{name: value}}")
+    return content
+
+
 def write_whole(path: Path | str, content: str | bytes | Callable[[BinaryIO], object]) -> None:
     """The file appears with all of `content` in it, on the disk, or not at all; its folder is made.
 

@@ -206,15 +206,18 @@ def delete_claimed(folder: Path, script: str) -> None:
             entry.unlink(missing_ok=True)
         else:
             _delete_folder(entry)
-    left = [line for line in _lines(folder / CLAIMS) if f'"by": {json.dumps(script)}' not in line]
-    if left:
-        write_whole(folder / CLAIMS, "".join(left))
+    settle(folder, script, [])
+
+
+def settle(folder: Path, script: str, names: Iterable[str]) -> None:
+    """`claim` of these names alone: what `script` claimed before is forgotten. At once or not at all."""
+    old = (folder / CLAIMS).read_text(errors="replace").splitlines() if (folder / CLAIMS).exists() else []
+    lines = [line for line in old if f'"by": {json.dumps(script)}' not in line]
+    lines += [json.dumps({"name": name, "by": script}) for name in names]
+    if lines:
+        write_whole(folder / CLAIMS, "\n".join(lines) + "\n")
     else:
         (folder / CLAIMS).unlink(missing_ok=True)
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
 
 
 def _delete_folder(folder: Path) -> None:
@@ -225,8 +228,7 @@ def _delete_folder(folder: Path) -> None:
         return shutil.rmtree(folder)
     except (OSError, ValueError, TypeError):
         names = []
-    (folder / "manifest.json").unlink(missing_ok=True)
-    for name in names:
+    for name in [*names, "manifest.json"]:
         if folder.resolve() in (folder / name).resolve().parents:
             (folder / name).unlink(missing_ok=True)
     for parent, _, _ in sorted(os.walk(folder), reverse=True):

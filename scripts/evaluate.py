@@ -35,6 +35,8 @@ from lmolt.prompts import CAP2MOL, DIRECTIONS, build_prompt
 
 PACKAGES = ("torch", "transformers", "peft", "rdkit", "fcd", "nltk", "rapidfuzz", "numpy")
 CACHE = Path(os.environ.get("LMOLT_CACHE", Path.home() / ".cache" / "lmolt"))
+WRITTEN = ("metrics.json", "predictions.parquet", "scores.parquet", "report.md", "report.html", "journal")
+WRITTEN += ("figure[1-9]*.png", "table[1-9]*.csv", "table[1-9]*.tex")
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # as accelerate launch numbers them; it alone scores and writes
 
 
@@ -167,6 +169,24 @@ def build_demo() -> None:
         pairs()
 
 
+def take(output: Path, directions: set[str], inputs: dict[str, object]) -> None:
+    """Lock --output, which holds none of the inputs and nothing that would be lost: else `ValueError`."""
+    from lmolt import ownership
+    from lmolt.files import read_json
+
+    ownership.check_inputs("--output", output, inputs)
+    ownership.hold(output)
+    ownership.check_free(output, "evaluate", WRITTEN)
+    if (record := output / "metrics.json").is_file():
+        others = sorted(set(read_json(record).get("directions", ())) - directions)
+        if others and directions:
+            raise ValueError(
+                f"{output} holds {others[0]} results, which this run would drop; score both directions in one command "
+                "(--predictions and --direction take several), or choose another --output"
+            )
+    ownership.claim(output, "evaluate", WRITTEN)
+
+
 def compare(args: argparse.Namespace) -> None:
     from lmolt.report.report import read_run, write_report
     from lmolt.report.tables import to_markdown
@@ -176,6 +196,7 @@ def compare(args: argparse.Namespace) -> None:
     if len(args.compare) < 2:
         raise ValueError("--compare needs at least two folders; one system's report is in its folder")
     runs = [read_run(spec) for spec in args.compare]
+    take(args.output, set(), {"a compared folder": None} | {f"run {run.name}": run.folder for run in runs})
     for table in write_report(runs, args.output, args.baseline, args.n_bootstrap or 10_000, args.seed):
         print(to_markdown(table))
     print(f"report: {args.output / 'report.html'} (report.md, tables and figures beside it)")
@@ -189,6 +210,11 @@ def evaluate(args: argparse.Namespace) -> None:
     from lmolt.report.report import Run, write_report
     from lmolt.report.tables import to_markdown
 
+    if FIRST_PROCESS:
+        names = ("model", "adapter", "pairs", "nli_model", "text_tokenizer", "nltk_data", "property_tree", "systems")
+        inputs = {f"--{name}": getattr(args, name) for name in names}
+        inputs |= {f"--predictions ({i + 1})": file for i, file in enumerate(args.predictions or ())}
+        take(args.output, set(args.direction if args.predictions else args.directions), inputs)
     if args.push_to_hub and FIRST_PROCESS:
         hub.reserve(args.hub_model_id, create=False)
 

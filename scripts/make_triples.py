@@ -192,6 +192,8 @@ def main(argv: list[str]) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.output.is_dir():
         raise ValueError(f"--output {args.output}: is a folder; name the file, such as {args.output}/triples.parquet")
+    if FIRST_PROCESS:
+        take(args)
     counts = Counter()
     if "demo" in (args.pairs, *args.exclude):
         use_demo(args)
@@ -206,7 +208,7 @@ def main(argv: list[str]) -> None:
 
     # --- outputs -> triples
     triples, similarities, described, models = [], {}, {}, {}
-    journal = args.output.with_name(args.output.name + ".journal")
+    journal = beside(args.output)[-1]
     for direction in args.directions:
         if direction in prompts:
             outputs, models[direction] = translations(args, direction, prompts[direction], journal)
@@ -238,6 +240,26 @@ def main(argv: list[str]) -> None:
         print(f"  {n:7,} {cause}")
     print(table(described))
     print(f"wrote {args.output}: {len(triples)} triples; beside it a summary (.json) and its figure (.png)")
+
+
+def beside(output: Path) -> list[Path]:
+    """What is written besides `output`: summary, figure and journal."""
+    return [output.with_suffix(".json"), output.with_suffix(".png"), output.with_name(output.name + ".journal")]
+
+
+def take(args: argparse.Namespace) -> None:
+    """Lock --output; `ValueError` where it or what is written beside it is an input, or isn't of this script."""
+    from lmolt import ownership
+
+    names = ("pairs", *(f"{direction}_{kind}" for direction in DIRECTIONS for kind in ("model", "outputs")))
+    inputs = {f"--{name}": getattr(args, name) for name in names}
+    inputs |= {f"--exclude ({i + 1})": spec for i, spec in enumerate(args.exclude)}
+    written = [args.output, *beside(args.output)]
+    for path in written:
+        ownership.check_inputs("--output writes", path, inputs)
+    ownership.hold(args.output, beside=True)
+    ownership.check_free(args.output.parent, "make_triples", [path.name for path in written])
+    ownership.claim(args.output.parent, "make_triples", [path.name for path in written])
 
 
 def use_demo(args: argparse.Namespace) -> None:

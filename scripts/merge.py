@@ -26,10 +26,20 @@ from concurrent.futures import ThreadPoolExecutor
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads spin while they wait: CPU time for nothing
 from tqdm import tqdm
 
+from lmolt import ownership
 from lmolt.files import run_main, versions
 from lmolt.merging import methods
 from lmolt.merging.provenance import plot, summarise, summarise_fold, table, write_lineage
-from lmolt.merging.safetensors_io import NAMES, Checkpoint, OutputFolder, check_room, find_folder, inspect_file
+from lmolt.merging.safetensors_io import (
+    NAMES,
+    Checkpoint,
+    OutputFolder,
+    check_room,
+    find_folder,
+    inspect_file,
+    partial_folder,
+    replaced_folder,
+)
 from lmolt.recipes import apply_recipe
 
 SAVED = ("method", "models", "revision", "weights", "t", "weights_for", "base", "density", "normalize", "lambda")
@@ -108,15 +118,20 @@ def resolve(args: argparse.Namespace) -> tuple[list[Checkpoint], Checkpoint | No
 
 
 def check_output(args: argparse.Namespace, sources: list[Checkpoint]) -> None:
+    """Lock --output; `ValueError` where it is or holds an input, or anything that merge.py didn't write."""
     if args.output is None:
         raise ValueError("--output names the folder to write")
-    if args.output.resolve() in [source.folder.resolve() for source in sources]:
-        raise ValueError(f"--output {args.output} is one of the inputs; take another folder")
+    inputs = {f"model {i + 1}": source.folder for i, source in enumerate(sources)} | {"--adapter": args.adapter}
+    ownership.check_inputs("--output", args.output, inputs)
+    ownership.hold(args.output, beside=True)
     if args.output.exists() and any(args.output.iterdir()):
         if not args.overwrite:
             raise ValueError(f"{args.output} exists; --overwrite replaces it, or take another folder")
+        ownership.check_deletable("--output", args.output)
         if not (args.output / "merge.json").is_file():
             raise ValueError(f"{args.output} holds no merge.json: not a merge, and not ours to overwrite; remove it")
+    for folder in (args.output, partial_folder(args.output), replaced_folder(args.output)):
+        ownership.check_free(folder, "merge", ["*"])
 
 
 def check_files(sources: dict[str, Checkpoint]) -> dict[str, str]:

@@ -18,7 +18,6 @@ if not __package__:  # `scripts/` first on the path would shadow the library `ev
 
 import hashlib
 import os
-import shutil
 import subprocess
 import warnings
 from collections import Counter
@@ -27,7 +26,7 @@ import torch
 from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging as hf_logging
 
-from lmolt import hub
+from lmolt import hub, ownership
 from lmolt.data.pairs import DEMO
 from lmolt.data.triples import read_triples
 from lmolt.distributed import strategy
@@ -42,6 +41,9 @@ from lmolt.training.saving import save_finished
 from lmolt.training.trainer import PreferenceTrainer
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
+SCRIPT = "train_pref"
+FINISHED = ("adapter_*", "run.json", "efficiency.json", "trainer_state.json", "training.png", "README.md", "unfinished")
+FINISHED += ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 
 
 def parse_arguments(argv: list[str]) -> PreferenceArguments:
@@ -72,6 +74,11 @@ def build_demo() -> None:
 def check_output_dir(args: PreferenceArguments) -> Path | None:
     """The checkpoint to resume from, if that was asked for; an error before anything of value is overwritten."""
     output_dir = Path(args.output_dir)
+    inputs = {f"--{name}": getattr(args, name) for name in ("model", "adapter", "triples", "eval_triples")}
+    ownership.check_inputs("--output_dir", output_dir, inputs)
+    if args.process_index == 0:
+        ownership.hold(output_dir)
+    ownership.check_free(output_dir, SCRIPT, FINISHED)
     wanted = args.resume_from_checkpoint
     if wanted and str(wanted).lower() not in ("true", "false"):
         wrong = checkpoints.what_is_wrong(Path(wanted)) if Path(wanted).is_dir() else "there is no such folder"
@@ -81,8 +88,8 @@ def check_output_dir(args: PreferenceArguments) -> Path | None:
     if wanted and str(wanted).lower() == "true":
         return checkpoints.last_good_checkpoint(output_dir)
     if args.overwrite_output_dir:
-        if args.process_index == 0:
-            shutil.rmtree(output_dir, ignore_errors=True)
+        ownership.check_deletable("--output_dir", output_dir)
+        ownership.check_free(output_dir, SCRIPT, ["checkpoint-*"])
     elif (output_dir / "adapter_model.safetensors").exists():
         raise ValueError(
             f"{output_dir} holds a finished adapter; choose another --output_dir or --overwrite_output_dir"
@@ -188,6 +195,8 @@ def main(argv: list[str]) -> None:
         say(f"resumes from {checkpoint}")
         if args.process_index == 0:
             trainer.efficiency.resume_from(checkpoint / "efficiency.json")
+    elif args.overwrite_output_dir and args.process_index == 0:
+        ownership.delete_claimed(Path(args.output_dir), SCRIPT)
     say(f"writes {args.output_dir}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 

@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 
+from lmolt import ownership  # noqa: E402
+
 
 def load_script(name: str):
     """The module scripts/NAME.py, which puts the project's root first on `sys.path` when it is loaded."""
@@ -32,6 +34,8 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def _caches_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setenv("LMOLT_CACHE", str(tmp_path / "cache"))
+    yield
+    ownership.release()  # the scripts' locks, which last as long as their process
 
 
 @pytest.fixture(scope="session")

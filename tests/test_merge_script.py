@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from lmolt import ownership
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "merge.py"
 
@@ -288,12 +290,24 @@ def test_a_folder_without_safetensors_says_what_to_do(merge, abc, tmp_path, hold
 def test_what_exists_is_kept_unless_told(merge, abc, tmp_path):
     call = (*SLERP, "--models", *abc[:2], "--output", tmp_path / "O")
     merge(*call)
-    (tmp_path / "O" / "model-00009-of-00009.safetensors").write_bytes(b"stale")
     with pytest.raises(ValueError, match="O exists; --overwrite replaces it"):
         merge(*call)
+    (tmp_path / "O" / "cpo").mkdir()
+    with pytest.raises(ValueError, match="O/cpo is there, and merge.py didn't write it"):
+        merge(*call, "--overwrite")
+    (tmp_path / "O" / "cpo").rename(tmp_path / "O.partial")
+    with pytest.raises(ValueError, match="O is model 1"):
+        merge(*SLERP, "--models", tmp_path / "O", abc[1], "--output", tmp_path / "O", "--overwrite")
+    (tmp_path / "O.partial" / "mine").touch()
+    with pytest.raises(ValueError, match="O.partial/mine is there, and merge.py didn't write it"):
+        merge(*call, "--overwrite")
+    (tmp_path / "O.partial").rename(tmp_path / "elsewhere")
+    ownership.claim(tmp_path / "O", "merge", ["model-00009-of-00009.safetensors"])
+    (tmp_path / "O" / "model-00009-of-00009.safetensors").write_bytes(b"stale")
     merge(*call, "--overwrite")
     assert not (tmp_path / "O" / "model-00009-of-00009.safetensors").exists()
-    with pytest.raises(ValueError, match="is one of the inputs"):
+    assert not (tmp_path / "O.replaced").exists()
+    with pytest.raises(ValueError, match=f"--output {abc[0]} is model 1"):
         merge(*SLERP, "--models", *abc[:2], "--output", abc[0], "--overwrite")
     with pytest.raises(ValueError, match="holds no merge.json"):
         merge(*SLERP, "--models", *abc[:2], "--output", abc[2], "--overwrite")

@@ -12,6 +12,7 @@ from transformers import ProgressCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
+from lmolt import ownership
 from lmolt.distributed import strategy
 from lmolt.files import cache_folder
 from lmolt.models import tree
@@ -272,6 +273,8 @@ class PreferenceTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         """Save, seal with a manifest, and only then delete older checkpoints."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        if self.args.should_save:
+            ownership.claim(Path(self.args.output_dir), "train_pref", [f"checkpoint-{self.state.global_step}"])
         super()._save_checkpoint(model, trial)
         self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
