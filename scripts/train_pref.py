@@ -78,7 +78,6 @@ def check_output_dir(args: PreferenceArguments) -> Path | None:
     ownership.check_inputs("--output_dir", output_dir, inputs)
     if args.process_index == 0:
         ownership.hold(output_dir)
-    ownership.check_free(output_dir, SCRIPT, FINISHED)
     wanted = args.resume_from_checkpoint
     if wanted and str(wanted).lower() not in ("true", "false"):
         wrong = checkpoints.what_is_wrong(Path(wanted)) if Path(wanted).is_dir() else "there is no such folder"
@@ -86,10 +85,11 @@ def check_output_dir(args: PreferenceArguments) -> Path | None:
             raise ValueError(f"can't resume from {wanted}: {wrong}; --resume_from_checkpoint true finds the latest")
         return Path(wanted)
     if wanted and str(wanted).lower() == "true":
+        ownership.check_free(output_dir, SCRIPT, FINISHED)
         return checkpoints.last_good_checkpoint(output_dir)
     if args.overwrite_output_dir:
         ownership.check_deletable("--output_dir", output_dir)
-        ownership.check_free(output_dir, SCRIPT, ["checkpoint-*"])
+        ownership.check_free(output_dir, SCRIPT, ["checkpoint-*", *FINISHED])
     elif (output_dir / "adapter_model.safetensors").exists():
         raise ValueError(
             f"{output_dir} holds a finished adapter; choose another --output_dir or --overwrite_output_dir"
@@ -99,6 +99,7 @@ def check_output_dir(args: PreferenceArguments) -> Path | None:
             f"{output_dir} holds checkpoints of an interrupted run; go on with --resume_from_checkpoint true, or start "
             "anew with --overwrite_output_dir"
         )
+    ownership.check_free(output_dir, SCRIPT, FINISHED)
     return None
 
 

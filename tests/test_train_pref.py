@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lmolt import ownership
 from lmolt.data.triples import write_triples
 from lmolt.training.checkpoints import last_good_checkpoint, what_is_wrong, write_manifest
 
@@ -104,6 +105,7 @@ def test_a_users_mistake_is_named(arguments, message, script, tmp_path, tiny_pol
     base = ["--model", tiny_policy, "--triples", triples_file, "--output_dir", tmp_path / "out", *QUICK]
     with pytest.raises((ValueError, OSError), match=message):
         script.main([str(argument) for argument in [*base, *arguments]])
+    ownership.release()  # as at the end of a process
     assert not (tmp_path / "out").exists()
 
 
@@ -115,6 +117,26 @@ def test_finished_and_interrupted_folders_are_not_overwritten(script, tmp_path, 
     (tmp_path / "out" / "adapter_model.safetensors").touch()
     with pytest.raises(ValueError, match="finished adapter.*--overwrite_output_dir"):
         script.main(base)
+    with pytest.raises(ValueError, match="adapter_model.safetensors is there, and train_pref.py didn't write it"):
+        script.main([*base, "--overwrite_output_dir"])
+    with pytest.raises(ValueError, match="--output_dir .* holds --triples"):
+        script.main([*base, "--output_dir", str(tmp_path), "--overwrite_output_dir"])
+    assert (tmp_path / "out" / "checkpoint-3").exists()
+
+
+def test_overwriting_deletes_what_the_run_wrote_and_nothing_else(script, tmp_path, tiny_policy, triples_file):
+    base = ["--model", tiny_policy, "--triples", triples_file, "--output_dir", tmp_path / "out", *QUICK]
+    base = [*map(str, base), "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "1", "--lora_r", "8"]
+    script.main([*base, "--max_steps", "2"])
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    (tmp_path / "out" / "checkpoint-1" / "notes.txt").write_text("mine")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        script.main([*base, "--overwrite_output_dir", "--model", "./missing"])
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    script.main([*base, "--overwrite_output_dir", "--max_steps", "1", "--save_strategy", "no"])
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.glob("out/checkpoint-*/*")) == ["notes.txt"]
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 1
 
 
 def test_no_traceback_for_a_mistake(tmp_path):
