@@ -8,7 +8,8 @@ from collections import Counter
 
 from rdkit import Chem
 
-from lmolt.metrics.molecule import in_processes, parse
+from lmolt.metrics.smiles import parse
+from lmolt.metrics.workers import in_processes
 
 
 def _keys(smiles: str) -> tuple[str, str]:

@@ -20,7 +20,8 @@ from rdkit.Chem import rdFingerprintGenerator, rdMolDescriptors
 
 from lmolt.files import read_table, read_text
 from lmolt.metrics.hallucination import chrf, groups_claimed, groups_present
-from lmolt.metrics.molecule import in_processes, parse
+from lmolt.metrics.smiles import parse
+from lmolt.metrics.workers import in_processes
 from lmolt.prompts import CAP2MOL, COLUMNS, MOL2CAP
 
 SIMILARITIES = {MOL2CAP: "Chr-F", CAP2MOL: "Morgan Tanimoto"}

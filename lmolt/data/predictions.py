@@ -75,7 +75,8 @@ def read_predictions(
 
 def drop_unreadable(rows: list[dict], where: str | Path) -> tuple[list[dict], list[dict]]:
     """cap2mol's rows whose reference RDKit reads, and the others; `ValueError` where it reads none."""
-    from lmolt.metrics.molecule import canonical, in_processes
+    from lmolt.metrics.smiles import canonical
+    from lmolt.metrics.workers import in_processes
 
     readable = in_processes(canonical, [row["reference"] for row in rows])
     kept = [row for row, smiles in zip(rows, readable, strict=True) if smiles]
