@@ -75,6 +75,10 @@ def _is_selfies(text: str) -> bool:
     return bool(_BRACKETS.fullmatch(text)) and len(_SELFIES.findall(text)) > 1 and "C]" in text
 
 
+def is_molecule(smiles: str) -> bool:
+    return parse(smiles) is not None
+
+
 def has_dummy(molecule: Chem.Mol) -> bool:
     """Whether an atom stands for any other (`*`, `[#0]`, `[1*]`, `[*:1]`): such a molecule has no InChI."""
     return any(atom.GetAtomicNum() == 0 for atom in molecule.GetAtoms())

@@ -137,7 +137,7 @@ def _end_idle() -> None:
 
 
 def serve() -> None:
-    """The worker: `(function, items, seconds)` from its standard input, to its output True at first, then a result an item."""
+    """The worker: reads `(function, items, seconds)`, writes True when it is ready and then a result an item."""
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no result
     limited = hasattr(signal, "setitimer")
