@@ -20,10 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-if not __package__:
-    sys.path[0] = str(ROOT)
+sys.path[0] = str(ROOT)
 
-from lmolt.files import run_main, write_whole
+from lmolt.files import write_whole  # noqa: E402
 
 RESULTS = ROOT / "docs" / "evidence"
 FUSIONS = {
@@ -143,12 +142,12 @@ def summary() -> str:
     return "\n".join([*lines, "", '± is twice the standard error over seeds; "up" counts seeds.'])
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--summary", action="store_true", help="print the tables; run nothing")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if not args.summary:
         for seed in args.seeds:
             run(seed, args.rows)
@@ -156,4 +155,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

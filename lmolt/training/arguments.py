@@ -59,7 +59,9 @@ class PreferenceArguments(_Parameters):
         metadata={"help": "cut each step into micro-batches of at most so many tokens; sets the accumulation"},
     )
     packing: str = field(default="tree", metadata={"help": "tree: shared prefixes once; padded: one row an output"})
-    score_chunk: int = field(default=256, metadata={"help": "positions whose logits exist at one time"})
+    score_chunk: int | None = field(
+        default=None, metadata={"help": "positions whose logits exist at one time; default 256, on a GPU 1024"}
+    )
     eval_translations: int = field(
         default=0,
         metadata={"help": "held-out sources to translate and score per direction at each evaluation"},

@@ -1,1 +1,0 @@
-"""The commands; an installed LMolT has them as lmolt.commands."""
