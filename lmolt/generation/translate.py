@@ -22,13 +22,13 @@ import torch
 import xxhash
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
-from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoConfig
 
 from lmolt.generation import routes
 from lmolt.generation.decoding import Settings, beam_search, decode, end_ids, generate, not_used, read_prefix
 from lmolt.generation.journal import Journal, read_journal
+from lmolt.models.adapters import load_adapter
 from lmolt.models.loading import check_model_folder, load_base, load_seq2seq, load_tokenizer
 from lmolt.models.tokenizers import Reader, tokenizer_identity
 from lmolt.prompts import build_prompt, encode_prompt
@@ -77,7 +77,7 @@ def load_translator(
     if adapter is not None:
         if Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").exists():
             raise FileNotFoundError(f"{adapter!r} holds no adapter_config.json; give the folder of a PEFT adapter")
-        model = PeftModel.from_pretrained(model, adapter)
+        model = load_adapter(model, adapter)
     return (model if load_in_4bit else model.to(device)).eval(), tokenizer
 
 

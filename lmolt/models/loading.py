@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
@@ -16,6 +16,7 @@ from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
+from lmolt.models.adapters import load_adapter
 from lmolt.models.attention import TREE
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -200,7 +201,7 @@ def add_adapter(
             module.support_avx512bf16_for_cpu = False
     if adapter is not None:
         device = str(next(model.parameters()).device)  # else each process would fill the first GPU
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True, torch_device=device)
+        return load_adapter(model, adapter, is_trainable=True, device=device)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
