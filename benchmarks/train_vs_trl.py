@@ -127,7 +127,7 @@ def run_ours(args, loss: str, folder: Path, triples: list[dict], output_dir: str
     tokenizer = loading.load_tokenizer(str(folder))
     examples, _ = batches.encode_triples(triples, tokenizer, 4096, "error")
     if loss == "kto":
-        batches.assign_mismatches(examples, 0)
+        examples = batches.with_mismatches(examples, 0)
     arguments = PreferenceArguments(
         loss=loss,
         load_best_model_at_end=False,

@@ -62,9 +62,12 @@ def write_card(folder: Path, output_dir: Path, run: dict) -> None:
 
     `run` is what `run.json` holds; `output_dir` is where the adapter will be, and where a log of emissions may be.
     """
-    arguments, data, loss = run["arguments"], run["data"], run["loss"]
-    name = arguments["hub_model_id"] if arguments["push_to_hub"] else str(output_dir)
+    arguments, data, loss, identity = run["arguments"], run["data"], run["loss"], run["identity"]
+    name = arguments["hub_model_id"] if arguments["push_to_hub"] else str(output_dir.absolute())
     base, revision = arguments["model"], arguments["revision"]
+    if Path(base).is_dir() and not arguments["push_to_hub"]:
+        base = str(Path(base).absolute())  # the card's Python runs from any folder
+    lora = {key.removeprefix("adapter's "): value for key, value in identity.items() if key.startswith("adapter's ")}
     state = json.loads((folder / "trainer_state.json").read_text())
     efficiency = json.loads((folder / "efficiency.json").read_text())
     emissions = read_emissions(output_dir / "emissions.csv")
@@ -78,11 +81,14 @@ def write_card(folder: Path, output_dir: Path, run: dict) -> None:
         "trained on": ", ".join(f"{n} {direction}" for direction, n in data["train"].items()),
         "held out": ", ".join(f"{n} {direction}" for direction, n in data["evaluation"].items()) or "none",
         "dropped": ", ".join(f"{n} {cause}" for cause, n in data["dropped"].items()) or "none",
-        "base weights": "NF4 with double quantisation, bf16 compute" if arguments["load_in_4bit"] else "unquantised",
-        "adapter": f"r {arguments['lora_r']}, alpha {arguments['lora_alpha']}, dropout {arguments['lora_dropout']}",
+        "base weights": "NF4 with double quantisation" if arguments["load_in_4bit"] else identity["base's dtype"],
+        "mixed precision": {"no": "none"}.get(identity["precision"], identity["precision"]),
+        "adapter": described_adapter(lora),
+        "optimizer steps": run["step"],
+        "changed when resumed": "; ".join(map(described_change, run["changes"])) or "nothing",
         "seed": arguments["seed"],
         "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
-    } | measured(state, efficiency, emissions)
+    } | measured(state, efficiency, emissions, run["step"])
     warning = ""
     if Path(base).exists():
         warning = f"Its base model is a folder, `{base}`, which whoever uses the adapter needs at the same path.\n\n"
@@ -109,14 +115,26 @@ All arguments are in `run.json`, the cost in `efficiency.json`, the log in `trai
     )
 
 
-def measured(state: dict, efficiency: dict, emissions: dict) -> dict[str, str]:
-    """Rows for what the run measured of itself: the kept checkpoint's held-out scores, energy, emissions."""
+def described_adapter(lora: dict) -> str:
+    """An adapter as PEFT's configuration has it; what is False, None or empty is left out."""
+    named = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_dora": "DoRA", "use_rslora": "rsLoRA"}
+    kind = [lora["peft_type"]] if lora.get("peft_type", "LORA") != "LORA" else []
+    return ", ".join(kind + [f"{named[key]} {lora[key]}" for key in named if lora.get(key) not in (None, False)])
+
+
+def described_change(change: dict) -> str:
+    return f"from step {change['step']} on, {change['key']} {change['after']} (before: {change['before']})"
+
+
+def measured(state: dict, efficiency: dict, emissions: dict, kept: int) -> dict[str, str]:
+    """Rows for what the run measured of itself: held-out scores at step `kept`, the adapter's; energy; emissions."""
     rows = {}
     evaluations = {log["step"]: log for log in state["log_history"] if "eval_loss" in log}
-    if evaluations:
-        step = state["best_global_step"] if state["best_global_step"] in evaluations else max(evaluations)
-        shown = {key.removeprefix("eval_"): value for key, value in evaluations[step].items() if _is_score(key)}
-        rows[f"held-out, step {step}"] = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
+    if evaluations and kept not in evaluations:
+        rows["held-out"] = f"not evaluated at step {kept}, whose weights these are"
+    elif evaluations:
+        shown = {key.removeprefix("eval_"): value for key, value in evaluations[kept].items() if _is_score(key)}
+        rows[f"held-out, step {kept}"] = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
     if efficiency["gpu_energy_joules"] is not None:
         rows["energy"] = f"{efficiency['gpu_energy_joules'] / 3.6e6:.3g} kWh of all GPUs (NVML)"
     if emissions:

@@ -6,7 +6,7 @@
     accelerate launch scripts/train_pref.py --loss cpo --push_to_hub --hub_model_id OWNER/NAME
 
 Without --model, --triples and --recipe it trains on the embedded default, building what that lacks.
-Every flag of transformers.TrainingArguments works; --recipe FILE.yaml sets defaults and flags win.
+--recipe FILE.yaml sets defaults, and flags win. --help_all lists the flags of transformers.TrainingArguments as well.
 Writes the adapter, its card, run.json, efficiency.json, the log and a plot to --output_dir.
 """
 
@@ -17,13 +17,14 @@ if not __package__:  # `scripts/` first on the path would shadow the library `ev
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import hashlib
+import logging
 import os
 import subprocess
 import warnings
 from collections import Counter
 
 import torch
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 from transformers.utils import logging as hf_logging
 
 from lmolt import hub, ownership
@@ -31,15 +32,19 @@ from lmolt.data.pairs import DEMO
 from lmolt.data.triples import read_triples
 from lmolt.distributed import strategy
 from lmolt.distributed.preemption import PreemptionCallback
-from lmolt.files import SHIPPED, run_main, versions
+from lmolt.files import SHIPPED, run_main, sha256_file, versions
 from lmolt.models import loading
-from lmolt.recipes import apply_recipe
-from lmolt.training import batches, checkpoints, reference
-from lmolt.training.arguments import PreferenceArguments
+from lmolt.models.adapters import check_made_for
+from lmolt.recipes import apply_recipe, describe_unknown
+from lmolt.training import batches, checkpoints, identity
+from lmolt.training.arguments import PreferenceArguments, build_parser, show_all
 from lmolt.training.losses import LOSSES, PARAMETERS
 from lmolt.training.saving import save_finished
+from lmolt.training.statistics import best_is_greater
 from lmolt.training.trainer import PreferenceTrainer
 
+logger = logging.getLogger(__name__)
+FEW = 20  # held-out triples: with fewer, chance decides which checkpoint is the best
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
 SCRIPT = "train_pref"
 FINISHED = ("adapter_*", "run.json", "efficiency.json", "trainer_state.json", "training.png", "README.md", "unfinished")
@@ -47,12 +52,17 @@ FINISHED += ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat
 
 
 def parse_arguments(argv: list[str]) -> PreferenceArguments:
-    parser = HfArgumentParser(PreferenceArguments, description=__doc__)
-    parser.add_argument("--recipe", help="YAML file of defaults for these flags")
+    parser = build_parser(__doc__)
+    if "--help_all" in argv:
+        parser.exit(message=show_all(parser).format_help())
     given = {argument.split("=")[0] for argument in argv}
     default = None if given & {"--model", "--triples", "--recipe"} else SHIPPED / "recipes" / "demo.yaml"
-    apply_recipe(parser, argv, default)
-    args = parser.parse_args_into_dataclasses(argv)[0]
+    recipe = apply_recipe(parser, argv, default)
+    args, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        raise ValueError(describe_unknown(unknown, parser._option_string_actions))
+    if args.fp16 and ({"--bf16"} & given or recipe.get("bf16")) and recipe.get("bf16") is not False:
+        raise ValueError("--bf16 and --fp16 were both given; choose one")
     if not args.model or not args.triples:
         raise ValueError("give both --model and --triples (or neither, nor --recipe, for the embedded default)")
     return args
@@ -83,10 +93,10 @@ def check_output_dir(args: PreferenceArguments) -> Path | None:
         wrong = checkpoints.what_is_wrong(Path(wanted)) if Path(wanted).is_dir() else "there is no such folder"
         if wrong:
             raise ValueError(f"can't resume from {wanted}: {wrong}; --resume_from_checkpoint true finds the latest")
-        return Path(wanted)
+        return with_optimizer(Path(wanted))
     if wanted and str(wanted).lower() == "true":
         ownership.check_free(output_dir, SCRIPT, FINISHED)
-        return checkpoints.last_good_checkpoint(output_dir)
+        return with_optimizer(checkpoints.last_good_checkpoint(output_dir))
     if args.overwrite_output_dir:
         ownership.check_deletable("--output_dir", output_dir)
         ownership.check_free(output_dir, SCRIPT, ["checkpoint-*", *FINISHED])
@@ -103,10 +113,26 @@ def check_output_dir(args: PreferenceArguments) -> Path | None:
     return None
 
 
+def with_optimizer(checkpoint: Path | None) -> Path | None:
+    if checkpoint is not None and not checkpoints.has_optimizer(checkpoint):
+        raise ValueError(
+            f"{checkpoint} holds no optimizer or no schedule (--save_only_model), so it can't be resumed; train on "
+            f"from the adapter in it: --adapter {checkpoint}"
+        )
+    return checkpoint
+
+
 def split_by_source(triples: list[dict], fraction: float) -> tuple[list[dict], list[dict]]:
-    """Train and validation triples; a source is in one of them only, decided by its hash."""
-    held_out = lambda t: int(hashlib.sha256(t["source"].encode()).hexdigest()[:8], 16) / 16**8 < fraction
-    return [t for t in triples if not held_out(t)], [t for t in triples if held_out(t)]
+    """Train and validation triples: of each direction's sources that share, by their hashes, one at least.
+
+    A source is in one of the two only.
+    """
+    held_out = set()
+    digest = lambda source: hashlib.sha256(source.encode()).hexdigest()
+    for direction in {t["direction"] for t in triples} if fraction else ():
+        sources = sorted({t["source"] for t in triples if t["direction"] == direction}, key=digest)
+        held_out |= set(sources[: max(round(fraction * len(sources)), len(sources) > 1)])
+    return [t for t in triples if t["source"] not in held_out], [t for t in triples if t["source"] in held_out]
 
 
 def read_examples(args: PreferenceArguments, tokenizer) -> tuple[list, list, Counter]:
@@ -116,14 +142,26 @@ def read_examples(args: PreferenceArguments, tokenizer) -> tuple[list, list, Cou
         held_out = read_triples(args.eval_triples)
     else:
         train, held_out = split_by_source(train, args.eval_fraction)
-    encode = lambda rows: batches.encode_triples(rows, tokenizer, args.max_length, args.max_length_policy)
-    train, dropped = encode(train)
-    if held_out:
-        held_out, more = encode(held_out)
-        dropped += more
-    if "z" in LOSSES[args.loss].reads:
-        batches.assign_mismatches(train + held_out, args.seed)
-    return train, held_out, dropped
+    reads = LOSSES[args.loss].reads
+    encode = lambda rows: batches.encode_triples(
+        rows, tokenizer, args.max_length, args.max_length_policy, with_rejected="rejected" in reads
+    )
+    shared = {t["source"] for t in train} & {t["source"] for t in held_out}
+    if shared:
+        logger.warning(
+            "%d sources are both trained on and held out (--triples, --eval_triples), such as %.60r: they "
+            "are no measure of unseen ones", len(shared), min(shared),
+        )  # fmt: skip
+    asked = len(held_out)
+    (train, dropped), (held_out, more) = encode(train), encode(held_out)
+    if not train:
+        raise ValueError(f"{args.triples}: no triple is left to train on ({dict(dropped) or 'all are held out'})")
+    if asked and not held_out:
+        logger.warning("none of the %d held-out triples is left: %s", asked, dict(more))
+    if "z" in reads:
+        both = batches.with_mismatches(train + held_out, args.seed)
+        train, held_out = both[: len(train)], both[len(train) :]
+    return train, held_out, dropped + more
 
 
 def main(argv: list[str]) -> None:
@@ -135,7 +173,9 @@ def main(argv: list[str]) -> None:
     count = lambda examples: dict(sorted(Counter(e.direction for e in examples).items()))
 
     # --- output folder, the embedded default
-    checkpoint = check_output_dir(args)
+    checkpoint = strategy.first_decides(lambda: check_output_dir(args))
+    if checkpoint is not None:
+        strategy.all_agree(not checkpoint.is_dir() and f"{checkpoint} isn't there for all; the disk isn't shared")
     if DEMO.resolve() in Path(args.triples).resolve().parents:
         with args.main_process_first(desc="building what the embedded default lacks"):
             build_demo()
@@ -144,12 +184,27 @@ def main(argv: list[str]) -> None:
     loading.check_model_folder(args.model)
     if args.adapter:
         loading.check_adapter_folder(args.adapter)
+        strategy.first_decides(lambda: check_made_for(args.adapter, args.model, args.revision))
     tokenizer = loading.load_tokenizer(args.model, args.revision, args.trust_remote_code)
     train, held_out, dropped = read_examples(args, tokenizer)
     say(f"reads {args.triples}: {count(train)} to train on, {count(held_out)} held out, {dict(dropped) or 0} dropped")
     if not held_out:
-        args.eval_strategy, args.load_best_model_at_end = "no", False
+        args.eval_strategy, args.load_best_model_at_end, args.early_stopping_patience = "no", False, None
         say("no held-out triples: nothing is evaluated, and the last model is kept instead of the best")
+    elif args.metric_for_best_model:
+        directions = {example.direction for example in held_out}
+        best_is_greater(args.metric_for_best_model, LOSSES[args.loss], bool(args.eval_translations), sorted(directions))
+        if len(held_out) < FEW:
+            say(f"only {len(held_out)} triples are held out: which checkpoint is the best is left to chance")
+
+    # --- what this run is
+    software = versions(*PACKAGES)
+    fixed = strategy.first_decides(lambda: identity.of_inputs(args))
+    if checkpoint is not None:
+        record = strategy.first_decides(lambda: identity.read(checkpoint))
+        identity.check_same(checkpoint, record["fixed"], fixed)
+        args.packing = record["chosen"]["packing"]
+        args.tokens_per_batch = record["chosen"]["tokens_per_batch"]
 
     # --- the Hub, asked before the work
     share, licence = args.push_to_hub and args.process_index == 0, {}
@@ -159,8 +214,10 @@ def main(argv: list[str]) -> None:
         args.hub_model_id = hub.reserve(name, args.hub_private_repo, args.hub_revision)
 
     # --- policy
+    # by its whole path, so that the adapter's configuration and card work from any folder
+    local = Path(args.model).is_dir() and not args.push_to_hub
     base = loading.load_base(
-        args.model,
+        str(Path(args.model).absolute()) if local else args.model,
         revision=args.revision,
         load_in_4bit=args.load_in_4bit,
         dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
@@ -175,24 +232,24 @@ def main(argv: list[str]) -> None:
         target_modules=args.lora_target_modules,
         revision=args.revision,
     )
-    trainer = PreferenceTrainer(policy, args, train, held_out, processing_class=tokenizer)
+    changeable = identity.may_change(args, software)
+    trainer = PreferenceTrainer(policy, args, train, held_out, fixed, changeable, processing_class=tokenizer)
+    if checkpoint is not None:
+        trainer.check_resumable(checkpoint)
     trainer.add_callback(PreemptionCallback())
 
     # --- reference
     reference_name = "none (the loss has no reference)"
     if trainer.loss.has_reference:
         reference_name = f"adapter {args.adapter}, frozen" if args.adapter else f"base model {args.model}, adapter off"
-        identity = {
-            "base": reference.weights_identity(args.model, "config.json", args.revision),
-            "adapter": reference.weights_identity(args.adapter, "adapter_config.json") if args.adapter else "",
-            "precision": f"nf4={args.load_in_4bit} bf16={args.bf16} fp16={args.fp16}",
-        }
-        reference_name += f" (log-probabilities {trainer.set_references(identity)})"
+        made_by = ("base weights", "base config", "tokenizer", "start adapter", "precision", "base's dtype")
+        key = {name: trainer.fixed[name] for name in made_by} | trainer.chosen | {"nf4": args.load_in_4bit}
+        key.pop("tokens_per_batch")
+        reference_name += f" (log-probabilities {trainer.set_references(key)})"
     say(f"reference: {reference_name}")
 
     # --- train
     if checkpoint is not None:
-        strategy.check_resumable(checkpoint, trainer.strategy)
         say(f"resumes from {checkpoint}")
         if args.process_index == 0:
             trainer.efficiency.resume_from(checkpoint / "efficiency.json")
@@ -209,10 +266,14 @@ def main(argv: list[str]) -> None:
             "arguments": {k: v for k, v in args.to_dict().items() if not k.endswith("_token") and k not in PARAMETERS},
             "loss": {"name": args.loss, "definition": trainer.loss.definition, "parameters": args.loss_parameters},
             "reference": reference_name,
+            "identity": trainer.fixed,
+            "chosen": trainer.chosen,
+            "changes": trainer.changes,
+            "step": trainer.kept_step or trainer.state.global_step,
             "strategy": trainer.strategy,
             "world_size": args.world_size,
-            "data": {"triples_sha256": reference.sha256_file(Path(args.triples))} | data,
-            "versions": versions(*PACKAGES),
+            "data": {"triples_sha256": sha256_file(args.triples)} | data,
+            "versions": software,
             "licence": licence,
         },
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 import yaml
 from hub_server import HubServer
 
@@ -64,11 +65,12 @@ def test_pairs_come_from_the_hub(hub, tmp_path):
     assert json.loads(python(code, hub.environment(tmp_path / "own", hub.login("org")), "org/jsonl", "")) == wanted
 
 
-def test_a_models_commit_is_part_of_its_identity(hub, tmp_path):
-    code = "from lmolt.training.reference import weights_identity; print(weights_identity('org/base', 'config.json'))"
+def test_a_model_on_the_hub_is_known_by_its_files(hub, tmp_path):
+    code = "from lmolt.models.hashes import model_hashes; print(model_hashes('org/base')['base config'])"
     for content in (b"{}", b'{"hidden_size": 64}'):
-        commit = hub.add("org/base", {"config.json": content})
-        assert python(code, hub.environment(tmp_path / "home")) == f"org/base@{commit}\n"
+        hub.add("org/base", {"config.json": content})
+        digest = f"{len(content)}-{xxhash.xxh3_128_hexdigest(content)}"
+        assert python(code, hub.environment(tmp_path / "home")) == f"{digest}\n"
 
 
 # --- uploading
@@ -282,7 +284,7 @@ def test_a_hub_whose_storage_of_large_files_is_away(hub, tmp_path):
 
 def test_energy_and_emissions_stand_on_the_card_where_they_were_measured(tmp_path):
     state, efficiency = {"log_history": [], "best_global_step": None}, {"gpu_energy_joules": None}
-    assert card.measured(state, efficiency, card.read_emissions(tmp_path / "emissions.csv")) == {}
+    assert card.measured(state, efficiency, card.read_emissions(tmp_path / "emissions.csv"), 2) == {}
     header, row = "emissions,energy_consumed,country_name,cpu_model,gpu_model\n", "0.0125,0.05,France,EPYC,2 x H100\n"
     (tmp_path / "emissions.csv").write_text(header + row + row)
     emissions = card.read_emissions(tmp_path / "emissions.csv")
@@ -296,11 +298,13 @@ def test_energy_and_emissions_stand_on_the_card_where_they_were_measured(tmp_pat
     efficiency["gpu_energy_joules"] = 7.2e6
     held_out = {"step": 2, "eval_loss": 1.5, "eval_runtime": 9, "eval_mol2cap/nll": 2.0, "eval_rewards/margins": 1}
     state["log_history"] = [{"step": 1, "loss": 3.0}, held_out]
-    assert card.measured(state, efficiency, emissions) == {
+    assert card.measured(state, efficiency, emissions, 2) == {
         "held-out, step 2": "loss 1.5, mol2cap/nll 2",
         "energy": "2 kWh of all GPUs (NVML)",
         "emissions": "25 g CO2-eq (CodeCarbon)",
     }
+    shown = card.measured(state, efficiency, emissions, 3)  # step 2's scores are not those of step 3
+    assert shown["held-out"] == "not evaluated at step 3, whose weights these are"
 
 
 def test_a_card_names_no_folder_as_base_model_and_tells_what_a_merged_base_is_of(tmp_path):

@@ -5,11 +5,12 @@ import logging
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from lmolt.models import loading
 from lmolt.models.attention import Tiles
-from lmolt.training import batches
+from lmolt.training import batches, reference
 from lmolt.training.batches import StepBatchSampler, balance
 from lmolt.training.trainer import PreferenceArguments, PreferenceTrainer
 
@@ -36,7 +37,7 @@ def make_trainer(folder, triples, output_dir, **overrides) -> PreferenceTrainer:
     }
     args = PreferenceArguments(**(settings | overrides))
     if args.loss == "kto":
-        batches.assign_mismatches(examples, args.seed)
+        examples = batches.with_mismatches(examples, args.seed)
     torch.manual_seed(0)
     base = loading.load_base(str(folder), load_in_4bit=args.load_in_4bit, dtype=torch.float32)
     policy = loading.add_adapter(base, None, r=4, alpha=16, dropout=args.lora_dropout, target_modules="all-linear")
@@ -148,7 +149,7 @@ def test_balance_spreads_cost():
 def test_mismatched_partners_keep_direction_and_differ(tiny_policy, few_triples):
     tokenizer = loading.load_tokenizer(str(tiny_policy))
     examples, _ = batches.encode_triples(few_triples, tokenizer, 512, "error")
-    batches.assign_mismatches(examples, seed=1)
+    examples = batches.with_mismatches(examples, seed=1)
     outputs = {
         d: [ids for e in examples if e.direction == d for ids in (e.chosen, e.rejected)] for d in ("mol2cap", "cap2mol")
     }
@@ -172,12 +173,13 @@ def test_one_bos_one_eos_and_no_eos_lost_when_pad_is_eos(tiny_policy, few_triple
 
 def test_long_rows_are_an_error_or_counted(tiny_policy, few_triples):
     tokenizer = loading.load_tokenizer(str(tiny_policy))
-    long = few_triples + [{**few_triples[0], "id": "long", "chosen": "CC" * 400}]
-    with pytest.raises(ValueError, match="'long'.*--max_length 200.*drop"):
+    longest = {**few_triples[0], "id": "long", "chosen": "CC" * 400}
+    long = [*few_triples, longest, {**longest, "id": "shorter", "chosen": "CC" * 300}]
+    with pytest.raises(ValueError, match=r"2 of 26 triples .* --max_length 200 .* \(id 'long'\), 496; .*drop"):
         batches.encode_triples(long, tokenizer, 200, "error")
     examples, dropped = batches.encode_triples(long, tokenizer, 200, "drop")
     assert len(examples) == len(few_triples)
-    assert dropped == {"over 200 tokens (mol2cap)": 1}
+    assert dropped == {"over 200 tokens (mol2cap)": 2}
 
 
 def test_a_mask_that_the_model_ignores_is_refused(tiny_policy, few_triples, tmp_path, monkeypatch):
@@ -262,20 +264,95 @@ def test_a_sample_is_translated_and_decides_the_best_model(tiny_policy, few_trip
     assert trainer.state.best_metric == evaluated["eval_cap2mol/validity"]
 
 
-def test_a_reference_of_another_model_is_refused(tiny_policy, few_triples, tmp_path):
-    trainer = make_trainer(tiny_policy, few_triples, tmp_path, loss="dpo")  # its adapter was moved away from its base
-    with pytest.raises(ValueError, match="before the first step, policy and reference differ"):
-        trainer.train()
-
-
 def test_a_second_run_finds_its_reference_and_another_model_does_not(tiny_policy, few_triples, tmp_path):
     trainer = make_trainer(tiny_policy, few_triples, tmp_path)
     assert trainer.set_references({"base": "a", "adapter": ""}) == "computed"
-    first = [example.reference for example in trainer.train_dataset.examples]
+    first = trainer.train_dataset.references
     again = make_trainer(tiny_policy, few_triples, tmp_path, seed=7)  # another random LoRA, the same reference
     assert again.set_references({"base": "a", "adapter": ""}) == "cached"
-    assert [example.reference for example in again.train_dataset.examples] == first
+    assert torch.equal(again.train_dataset.references, first)
     assert again.set_references({"base": "a", "adapter": "b"}) == "computed"
+
+
+def cached_reference(tmp_path):
+    (file,) = (tmp_path / "cache" / "reference").iterdir()
+    return file
+
+
+def test_a_cached_reference_of_another_model_is_computed_again(tiny_policy, few_triples, tmp_path, caplog):
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path)
+    trainer.set_references({"base": "a"})
+    file = cached_reference(tmp_path)
+    before = load_file(file)["logps"].clone()
+    save_file({"logps": before - 1}, file)
+    assert trainer.set_references({"base": "a"}) == "computed"
+    assert "differ by" in caplog.text and "computed again" in caplog.text
+    assert torch.allclose(trainer.train_dataset.references, before) and torch.allclose(load_file(file)["logps"], before)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "key", "rows", "nan", "inf", "dtype"])
+def test_a_damaged_reference_is_computed_again(damage, tiny_policy, few_triples, tmp_path, caplog):
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path)
+    trainer.set_references({"base": "a"})
+    file = cached_reference(tmp_path)
+    logps = load_file(file)["logps"].clone()
+    wrong = {"key": {"x": logps}, "rows": {"logps": logps[:5].clone()}, "dtype": {"logps": logps.float()}}
+    wrong["nan"], wrong["inf"] = ({"logps": logps.clone()} for _ in range(2))
+    wrong["nan"]["logps"][3, 1], wrong["inf"]["logps"][3] = torch.nan, -torch.inf
+    if damage in ("cut", "empty"):
+        file.write_bytes(file.read_bytes()[:200] if damage == "cut" else b"")
+    else:
+        save_file(wrong[damage], file)
+    assert trainer.set_references({"base": "a"}) == "computed"
+    assert f"{file} is damaged" in caplog.text
+    assert torch.equal(trainer.train_dataset.references, logps)
+
+
+def test_a_reference_goes_on_where_an_interrupted_start_saved_it(tiny_policy, few_triples, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path, per_device_eval_batch_size=4)
+    monkeypatch.setattr(reference, "SAVE_EVERY", 0)
+    scored, logps = [], trainer._logps
+
+    def interrupted(model, sequences):
+        scored.append(len(sequences))
+        if len(scored) == 4:
+            raise KeyboardInterrupt
+        return logps(model, sequences)
+
+    monkeypatch.setattr(trainer, "_logps", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.set_references({"base": "a"})
+    monkeypatch.setattr(trainer, "_logps", logps)
+    assert trainer.set_references({"base": "a"}) == "cached, 12 of them computed"
+    whole = reference.compute(trainer, trainer.train_dataset.examples)
+    assert torch.allclose(trainer.train_dataset.references, whole, atol=1e-4)
+
+
+def test_nothing_is_cached_before_the_guard_has_passed(tiny_policy, few_triples, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path)
+    logps = trainer._logps
+    monkeypatch.setattr(trainer, "_logps", lambda model, sequences: logps(model, sequences) - 1)
+    with pytest.raises(ValueError, match="differ by .* a token from padded rows'"):
+        trainer.set_references({"base": "a"})
+    assert not (tmp_path / "cache").exists()
+
+
+def test_training_stops_at_the_first_loss_that_is_not_finite(tiny_policy, few_triples, tmp_path, monkeypatch):
+    trainer = make_trainer(
+        tiny_policy, few_triples, tmp_path, per_device_train_batch_size=4, save_strategy="steps", save_steps=1
+    )
+    forward, calls = trainer._forward, []
+
+    def overflowing(*args, **kwargs):
+        loss, statistics = forward(*args, **kwargs)
+        calls.append(1)
+        return loss * (torch.inf if len(calls) == 3 else 1), statistics
+
+    monkeypatch.setattr(trainer, "_forward", overflowing)
+    with pytest.raises(ValueError, match="step 3: the loss is (inf|nan), .* up to step 2 are kept"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
 def test_a_model_without_tree_attention_trains_on_padded_rows(tiny_policy, few_triples, tmp_path, caplog):

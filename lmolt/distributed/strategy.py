@@ -3,11 +3,14 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 
 FILE = "strategy.json"
 REMEDIES = {
@@ -73,6 +76,32 @@ def check_resumable(checkpoint: Path, strategy: dict) -> None:
             f"{strategy['triples_per_step']}; give --gradient_accumulation_steps so that processes x batch size x "
             "accumulation stay the same"
         )
+
+
+def first_decides(function: Callable[[], Any]) -> Any:
+    """What `function()` gives on the first process, on all of them; so also its `ValueError` or `OSError`."""
+    state, outcome = PartialState(), [None, None]
+    if state.is_main_process:
+        try:
+            outcome[0] = function()
+        except (ValueError, OSError) as error:
+            if state.num_processes == 1:
+                raise
+            outcome[1] = str(error)
+    if state.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]
+
+
+def all_agree(wrong: str | None) -> None:
+    """`ValueError` in all processes where one of them says what is `wrong`."""
+    state = PartialState()
+    said = gather_object([wrong]) if state.num_processes > 1 else [wrong]
+    for rank, text in enumerate(said):
+        if text:
+            raise ValueError(text + f" (process {rank})" * (state.num_processes > 1))
 
 
 def leave_group(code: int = 0) -> None:

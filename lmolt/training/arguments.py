@@ -1,14 +1,49 @@
 """The arguments of training: those of transformers, with the paper's values as defaults, and ours."""
 
+import argparse
 import dataclasses
+import logging
 import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_torch_npu_available, is_torch_xpu_available
 
+from lmolt.recipes import Parser
+from lmolt.training.flags import FULL_RANK, REFUSED, check_refused
 from lmolt.training.losses import LOSSES, PARAMETERS
+from lmolt.training.statistics import best_is_greater
+
+logger = logging.getLogger(__name__)
+# Least and most (or "below" it) of flags that are numbers; None: no bound. NaN and infinity are never taken.
+RANGES = {
+    "at least 1": (
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_length "
+        "tokens_per_batch score_chunk lora_r save_total_limit eval_max_new_tokens "
+        "early_stopping_patience dataloader_prefetch_factor",
+        lambda v: v >= 1,
+    ),
+    "more than 0": (
+        "learning_rate num_train_epochs adam_epsilon lora_alpha logging_steps save_steps eval_steps ddp_timeout",
+        lambda v: v > 0,
+    ),
+    "0 or more": (
+        "weight_decay max_grad_norm warmup_steps eval_translations eval_delay dataloader_num_workers",
+        lambda v: v >= 0,
+    ),
+    "0 or more, and less than 1": (
+        "eval_fraction lora_dropout adam_beta1 adam_beta2",
+        lambda v: 0 <= v < 1,
+    ),
+    "0 or more, and less than 2**32": ("seed data_seed", lambda v: 0 <= v < 2**32),
+}
+_settled = None  # the precision that these arguments set last
+LORA = {"lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.1, "lora_target_modules": "all-linear"}
 
 
 def _help(name: str) -> str:
@@ -32,7 +67,11 @@ _Parameters = dataclasses.make_dataclass(
 
 @dataclass
 class PreferenceArguments(_Parameters):
-    """Every flag of transformers.TrainingArguments, with the paper's values (its appendix) as defaults, and ours."""
+    """The arguments of training: the loss, data, adapter and batches, and what is honoured of TrainingArguments.
+
+    Defaults are the paper's values (its appendix). `ValueError` on a value without sense, and on a flag that would have
+    no effect.
+    """
 
     loss: str = field(
         default="cpo", metadata={"help": "; ".join(f"{name}: {loss.definition}" for name, loss in LOSSES.items())}
@@ -42,15 +81,20 @@ class PreferenceArguments(_Parameters):
     adapter: str | None = field(default=None, metadata={"help": "continue this LoRA adapter; it is then the reference"})
     triples: str | None = field(default=None, metadata={"help": "preference triples, .parquet or .jsonl"})
     eval_triples: str | None = field(default=None, metadata={"help": "validation triples; default: --eval_fraction"})
-    eval_fraction: float = field(default=0.05, metadata={"help": "share of sources held out when no --eval_triples"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "discard what --output_dir holds"})
+    eval_fraction: float | None = field(
+        default=None,
+        metadata={"help": "share of each direction's sources held out when no --eval_triples; default 0.05"},
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "discard what a run left in --output_dir"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with --model"})
 
     load_in_4bit: bool = field(default=True, metadata={"help": "NF4 with double quantisation (QLoRA)"})
-    lora_r: int = field(default=64, metadata={"help": "rank of the adapter"})
-    lora_alpha: int = field(default=16, metadata={"help": "scale of the adapter, alpha / r"})
-    lora_dropout: float = field(default=0.1, metadata={"help": "dropout before the adapter"})
-    lora_target_modules: str = field(default="all-linear", metadata={"help": "all-linear, or names with commas"})
+    lora_r: int | None = field(default=None, metadata={"help": "rank of a fresh adapter; default 64"})
+    lora_alpha: int | None = field(default=None, metadata={"help": "scale of a fresh adapter, alpha / r; default 16"})
+    lora_dropout: float | None = field(default=None, metadata={"help": "dropout before a fresh adapter; default 0.1"})
+    lora_target_modules: str | None = field(
+        default=None, metadata={"help": "what a fresh adapter adapts: all-linear (default), or names with commas"}
+    )
 
     max_length: int = field(default=1024, metadata={"help": "most tokens of a prompt and one output"})
     max_length_policy: str = field(default="error", metadata={"help": "longer rows: error, or drop (and count)"})
@@ -59,14 +103,18 @@ class PreferenceArguments(_Parameters):
         metadata={"help": "cut each step into micro-batches of at most so many tokens; sets the accumulation"},
     )
     packing: str = field(default="tree", metadata={"help": "tree: shared prefixes once; padded: one row an output"})
-    score_chunk: int | None = field(
-        default=None, metadata={"help": "positions whose logits exist at one time; default 256, on a GPU 1024"}
-    )
+    score_chunk: int = field(default=256, metadata={"help": "positions whose logits exist at one time"})
     eval_translations: int = field(
         default=0,
         metadata={"help": "held-out sources to translate and score per direction at each evaluation"},
     )
-    eval_max_new_tokens: int = field(default=250, metadata={"help": "longest translation during evaluation"})
+    eval_max_new_tokens: int | None = field(
+        default=None, metadata={"help": "longest translation of --eval_translations; default 250"}
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "stop after so many evaluations without a better --metric_for_best_model, and keep the best"},
+    )
 
     # TrainingArguments' own, with the paper's values
     output_dir: str | None = field(default=None, metadata={"help": "where to write; default runs/LOSS"})
@@ -88,9 +136,12 @@ class PreferenceArguments(_Parameters):
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False  # a NaN must be seen
     ddp_find_unused_parameters: bool = False  # each micro-batch uses every LoRA matrix
-    report_to: str = "none"
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"], metadata={"help": "trackers, with spaces or commas: wandb, tensorboard, ..."}
+    )
 
     def __post_init__(self):
+        check_refused(self)
         for name, allowed in {
             "loss": LOSSES,
             "packing": ("tree", "padded"),
@@ -99,27 +150,132 @@ class PreferenceArguments(_Parameters):
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
-        for name in (
-            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length",
-            "tokens_per_batch", "score_chunk", "lora_r",
-        ):  # fmt: skip
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name} is {value}; it is 1 or more")
+        self._check_numbers()
+        self.report_to = self._trackers()
+        self._check_unused()
         self._fill_parameters()
-        if not 0 <= self.eval_fraction < 1:
-            raise ValueError(f"--eval_fraction is {self.eval_fraction:g}; it is 0 or more, and less than 1")
         if self.hub_token is not None:
             raise ValueError("--hub_token would show in the shell's history; use `hf auth login`, or set HF_TOKEN")
-        self.output_dir = self.output_dir or f"runs/{self.loss}"
         if not (torch.cuda.is_available() or is_torch_xpu_available() or is_torch_npu_available()):
             self.use_cpu = True  # a laptop needs no flag; Apple's GPUs have neither NF4 nor float64
         if self.fp16:
             self.bf16 = False  # which is on by default
         if "no" in (self.eval_strategy, self.save_strategy):
+            if self.early_stopping_patience is not None:
+                raise ValueError("--early_stopping_patience needs --eval_strategy and --save_strategy, and one is no")
             self.load_best_model_at_end = False  # nothing would say which is the best, or keep it
+        self._name_the_best()
+        self.restore_callback_states_from_checkpoint = True  # else early stopping would count anew
+        self._settle_precision()
+        self.output_dir = self.output_dir or f"runs/{self.loss}"
         super().__post_init__()
         self._n_gpu = min(self.n_gpu, 1)  # else Trainer cuts batches for all GPUs that one process sees (DataParallel)
         self.label_names = []  # the loss is computed from trees, not from labels
+        self._check_optimizer()
+
+    def _check_numbers(self) -> None:
+        for field_ in dataclasses.fields(self):
+            value = getattr(self, field_.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"--{field_.name} is {value}; it is a finite number")
+        for words, (names, valid) in RANGES.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not valid(value):
+                    raise ValueError(f"--{name} is {value:g}; it is {words}")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"--max_steps is {self.max_steps}; it is 1 or more (or -1: all of --num_train_epochs)")
+
+    def _check_unused(self) -> None:
+        """Flags that another flag leaves without effect are errors; what was not given gets its default."""
+        unless = lambda condition, names, reason: [
+            (name, reason) for name in names.split() if not condition and getattr(self, name) != _default(name)
+        ]
+        trackers = [name for name in self.report_to if name != "none"]
+        wrong = [
+            *unless(self.adapter is None, " ".join(LORA), "--adapter brings its own"),
+            *unless(self.eval_triples is None, "eval_fraction", "--eval_triples are held out"),
+            *unless(self.eval_translations, "eval_max_new_tokens", "there are no --eval_translations"),
+            *unless(self.packing == "tree", "score_chunk", "--packing padded has no chunks"),
+            *unless(self.eval_strategy == "steps", "eval_steps", "--eval_strategy isn't steps"),
+            *unless(self.save_strategy == "steps", "save_steps", "--save_strategy isn't steps"),
+            *unless(self.logging_strategy == "steps", "logging_steps", "--logging_strategy isn't steps"),
+            *unless(self.eval_strategy != "no", "eval_translations eval_delay", "--eval_strategy is no"),
+            *unless(self.push_to_hub, "hub_model_id hub_private_repo hub_revision", "there is no --push_to_hub"),
+            *unless(trackers, "run_name project", "there is no tracker in --report_to"),
+            *unless(
+                "trackio" in trackers,
+                "trackio_space_id trackio_bucket_id trackio_static_space_id",
+                "trackio isn't in --report_to",
+            ),
+            *unless(
+                self.dataloader_num_workers,
+                "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context",
+                "there are no --dataloader_num_workers",
+            ),
+            *unless(
+                self.lr_scheduler_type != "constant", "warmup_steps", "constant has no warm-up (constant_with_warmup)"
+            ),
+            *unless(self.model is None or not Path(self.model).is_dir(), "revision", "--model is a folder"),
+        ]
+        if wrong:
+            raise ValueError(
+                "; ".join(f"--{name} has no effect: {reason}" for name, reason in wrong) + "; leave it out"
+            )
+        fresh = LORA if self.adapter is None else {}
+        for name, value in {
+            **fresh,
+            "eval_fraction": 0.0 if self.eval_triples else 0.05,
+            "eval_max_new_tokens": 250,
+        }.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def _trackers(self) -> list[str]:
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        names = [part.strip() for name in names for part in name.split(",") if part.strip()]
+        if names in (["none"], ["all"]):
+            return names
+        available = get_available_reporting_integrations()
+        for name in names:
+            if name not in INTEGRATION_TO_CALLBACK:
+                known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+                raise ValueError(f"--report_to {name!r} is no tracker; they are {known}, none, or all")
+            if name not in available:
+                raise ValueError(f"--report_to {name}: its package isn't installed here; install it, or leave it out")
+        return names or ["none"]
+
+    def _name_the_best(self) -> None:
+        if self.load_best_model_at_end or self.metric_for_best_model is not None:
+            self.metric_for_best_model = (self.metric_for_best_model or "loss").removeprefix("eval_")
+            greater = best_is_greater(self.metric_for_best_model, LOSSES[self.loss], bool(self.eval_translations))
+            if self.greater_is_better is None:
+                self.greater_is_better = greater
+        elif self.early_stopping_patience is not None:
+            raise ValueError("--early_stopping_patience needs --load_best_model_at_end true")
+
+    def _settle_precision(self) -> None:
+        """--bf16 and --fp16 alone say it: transformers would take over what a left-over accelerate config set."""
+        asked = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
+        left = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if left not in ("no", asked, _settled):
+            logger.warning(
+                "mixed precision is %s, as --bf16 and --fp16 say, and not accelerate's %s (its configuration, or "
+                "ACCELERATE_MIXED_PRECISION)",
+                asked,
+                left,
+            )
+        globals()["_settled"] = os.environ["ACCELERATE_MIXED_PRECISION"] = asked
+
+    def _check_optimizer(self) -> None:
+        if self.optim.value.startswith(FULL_RANK):
+            raise ValueError(
+                f"--optim {self.optim.value} is for all of a model's weights, and only an adapter is trained"
+            )
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(self)
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(f"--optim {self.optim.value} can't run here: {' '.join(str(error).split())}") from None
 
     def _fill_parameters(self) -> None:
         """The loss's own parameters get its defaults; another's, or a value without sense, is a `ValueError`."""
@@ -139,3 +295,75 @@ class PreferenceArguments(_Parameters):
     def loss_parameters(self) -> dict:
         """The loss's own parameters, as they are in this run."""
         return {name: getattr(self, name) for name in LOSSES[self.loss].parameters}
+
+
+def _default(name: str):
+    return next(f.default for f in dataclasses.fields(PreferenceArguments) if f.name == name)
+
+
+# --- flags
+
+OWN = {  # what --help shows, in groups; the rest is behind --help_all
+    "model and data": "model revision adapter triples eval_triples eval_fraction max_length max_length_policy "
+    "trust_remote_code",
+    "loss": "loss " + " ".join(PARAMETERS),
+    "adapter": "load_in_4bit lora_r lora_alpha lora_dropout lora_target_modules",
+    "steps": "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps optim weight_decay max_grad_norm "
+    "per_device_train_batch_size gradient_accumulation_steps tokens_per_batch packing score_chunk seed bf16 fp16 "
+    "gradient_checkpointing",
+    "evaluation": "eval_strategy eval_steps per_device_eval_batch_size eval_translations eval_max_new_tokens "
+    "metric_for_best_model greater_is_better load_best_model_at_end early_stopping_patience",
+    "output": "output_dir overwrite_output_dir resume_from_checkpoint save_strategy save_steps save_total_limit "
+    "logging_steps report_to push_to_hub hub_model_id hub_private_repo hub_revision",
+}
+
+
+class _Parser(Parser, HfArgumentParser):
+    """Strict, with a flag for each argument."""
+
+
+def build_parser(description: str) -> _Parser:
+    """The flags of training: those that LMolT means first, in groups, and the inherited ones hidden from --help."""
+    parser = _Parser(
+        PreferenceArguments,
+        description=description,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=120),
+    )
+    parser.usage = "%(prog)s [--recipe FILE.yaml] [flags]"
+    actions = {}
+    for action in parser._actions:
+        first = action.dest not in actions
+        actions.setdefault(action.dest, action)
+        action.hidden = action.help if first else argparse.SUPPRESS  # --no_FLAG is the same flag
+        if action.dest != "help":
+            action.help = argparse.SUPPRESS
+    for title, names in OWN.items():
+        group = parser.add_argument_group(title)
+        for name in names.split():
+            action = actions[name]
+            action.help = _described(action)
+            parser._optionals._group_actions.remove(action)  # argparse has no way to add an action to another group
+            group._group_actions.append(action)
+    parser.add_argument("--recipe", metavar="FILE", help="YAML file of defaults for these flags (recipes/)")
+    parser.add_argument("--help_all", action="store_true", help="list the inherited flags too, and exit")
+    return parser
+
+
+def show_all(parser: _Parser) -> _Parser:
+    for action in parser._actions:
+        if action.help is argparse.SUPPRESS and action.dest not in REFUSED:
+            action.help = _described(action)
+    return parser
+
+
+def _described(action: argparse.Action) -> str:
+    inherited = TrainingArguments.__dataclass_fields__.get(action.dest)
+    text = action.hidden or (inherited.metadata.get("help") if inherited else "")
+    text = " ".join(text.replace("%", "%%").split())
+    if action.hidden is argparse.SUPPRESS:
+        return argparse.SUPPRESS
+    action.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
+    if action.default in (None, [], "", argparse.SUPPRESS) or "default" in text:
+        return text
+    shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+    return f"{text} (default {shown})".strip()

@@ -2,15 +2,16 @@
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from lmolt.prompts import build_prompt, encode_output, encode_prompt
 
 
-@dataclass
+@dataclass(frozen=True)
 class Example:
     """One tokenized triple. `mismatched` is another triple's output, for KTO's z (Eq. 11), or empty."""
 
@@ -19,9 +20,7 @@ class Example:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
-    mismatched: list[int]
-    # log-probabilities of chosen, rejected and mismatched under the reference; None where no loss asks for them
-    reference: tuple[float, float, float] | None = None
+    mismatched: list[int] = field(default_factory=list)
     source: str = ""  # as text, with the preferred output, for translations during evaluation
     target: str = ""
 
@@ -32,75 +31,84 @@ class MicroBatch:
 
     examples: list[Example]
     live: bool
+    references: torch.Tensor | None = None  # (n, 3) log-probabilities of chosen, rejected and mismatched
 
 
 class Triples(Dataset):
-    """Examples, drawn by (index, live) as `StepBatchSampler` does."""
+    """Examples, drawn by (index, live) as `StepBatchSampler` does, with their `references` (N, 3) where a loss has."""
 
     def __init__(self, examples: list[Example]):
-        self.examples = examples
+        self.examples, self.references = examples, None
 
     def __len__(self):
         return len(self.examples)
 
-    def __getitem__(self, drawn: tuple[int, bool]) -> tuple[Example, bool]:
+    def __getitem__(self, drawn: tuple[int, bool]) -> tuple[Example, bool, torch.Tensor | None]:
         index, live = drawn
-        return self.examples[index], live
+        return self.examples[index], live, None if self.references is None else self.references[index]
 
 
-def collate(drawn: list[tuple[Example, bool]]) -> MicroBatch:
-    return MicroBatch([example for example, _ in drawn], drawn[0][1])
+def collate(drawn: list[tuple[Example, bool, torch.Tensor | None]]) -> MicroBatch:
+    examples, live, references = zip(*drawn, strict=True)
+    return MicroBatch(list(examples), live[0], None if references[0] is None else torch.stack(references))
 
 
-def encode_triples(triples: list[dict], tokenizer, max_length: int, on_too_long: str) -> tuple[list[Example], Counter]:
+def encode_triples(
+    triples: list[dict], tokenizer, max_length: int, on_too_long: str, *, with_rejected: bool = True
+) -> tuple[list[Example], Counter]:
     """Tokenize triples; those whose prompt and longer output exceed `max_length` tokens are dropped or an error.
 
-    Returns the examples and how many were dropped, by cause. Nothing is ever cut.
+    Returns the examples and how many were dropped, by cause. Nothing is ever cut. Without `with_rejected`, for a loss
+    that doesn't read it, the dis-preferred output is left out and nothing is asked of it.
     """
-    examples, dropped = [], Counter()
+    examples, dropped, long = [], Counter(), []
     for row, triple in enumerate(triples, start=1):
         prompt = encode_prompt(tokenizer, build_prompt(triple["direction"], triple["source"]))
-        chosen, rejected = (encode_output(tokenizer, triple[key]) for key in ("chosen", "rejected"))
+        chosen = encode_output(tokenizer, triple["chosen"])
+        rejected = encode_output(tokenizer, triple["rejected"]) if with_rejected else []
         length = len(prompt) + max(len(chosen), len(rejected))
         if length > max_length:
-            if on_too_long == "error":
-                raise ValueError(
-                    f"triple {row} (id {triple['id']!r}) takes {length} tokens, over --max_length {max_length}; "
-                    "raise it, or drop and count such rows with --max_length_policy drop"
-                )
+            long.append((length, row, triple["id"]))
             dropped[f"over {max_length} tokens ({triple['direction']})"] += 1
             continue
         if chosen == rejected:
             dropped[f"chosen equals rejected ({triple['direction']})"] += 1
             continue
         texts = {"source": triple["source"], "target": triple["chosen"]}
-        examples.append(Example(str(triple["id"]), triple["direction"], prompt, chosen, rejected, [], **texts))
-    if not examples:
-        raise ValueError(f"none of the {len(triples)} triples is left to train on: {dict(dropped)}")
+        examples.append(Example(str(triple["id"]), triple["direction"], prompt, chosen, rejected, **texts))
+    if long and on_too_long == "error":
+        length, row, name = max(long)
+        raise ValueError(
+            f"{len(long)} of {len(triples)} triples take more than --max_length {max_length} tokens, the longest, "
+            f"triple {row} (id {name!r}), {length}; raise it, or drop and count such rows with --max_length_policy drop"
+        )
     return examples, dropped
 
 
-def assign_mismatches(examples: list[Example], seed: int) -> None:
-    """Give each example an output of another source in the same direction, preferred or not with equal chance.
+def with_mismatches(examples: list[Example], seed: int) -> list[Example]:
+    """The examples, each with an output of another source in its direction, preferred or not with equal chance.
 
     Drawn once over the whole data set and kept, so that KTO's z (Eq. 11) doesn't depend on how batches are formed.
     Never an output of the same source, nor one that equals the example's own outputs. `ValueError` if there is none.
     """
-    draw = random.Random(seed)
-    for direction in sorted({example.direction for example in examples}):
-        group = [example for example in examples if example.direction == direction]
+    draw, groups = random.Random(seed), {}
+    for example in examples:
+        groups.setdefault(example.direction, []).append(example)
+    drawn = {}
+    for direction, group in sorted(groups.items()):
         for example in group:
             for _ in range(100):
                 other = draw.choice(group)
                 output = draw.choice((other.chosen, other.rejected))
                 if other.prompt != example.prompt and output not in (example.chosen, example.rejected):
-                    example.mismatched = output
+                    drawn[id(example)] = output
                     break
             else:
                 raise ValueError(
                     f"KTO's z needs an output of another source for each {direction} triple, and 100 draws found none "
                     f"for id {example.id!r}; the data are too few or too uniform"
                 )
+    return [replace(example, mismatched=drawn[id(example)]) for example in examples]
 
 
 def tree_costs(examples: list[Example]) -> list[int]:

@@ -1,6 +1,7 @@
-"""What the training loop calls back: one line of progress a log."""
+"""What the training loop calls back: one line of progress a log, a stop at a loss that isn't finite."""
 
-from transformers import ProgressCallback
+import torch
+from transformers import ProgressCallback, TrainerCallback
 
 from lmolt.prompts import DIRECTIONS
 from lmolt.training.statistics import TRANSLATION_SCORES
@@ -24,3 +25,18 @@ class OneLineProgress(ProgressCallback):
         if not held_out:
             line += f" | {logs['tokens_per_second']:.0f} scored tokens/s, padding {logs['padding']:.1%}"
         self.training_bar.write(line)
+
+
+class FiniteLossCallback(TrainerCallback):
+    """Ends training, before the optimizer's step, at the first loss that isn't finite: the weights are still whole."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        loss, self.trainer.step_loss = self.trainer.step_loss, 0.0
+        if not torch.isfinite(torch.as_tensor(loss)).item():
+            raise ValueError(
+                f"step {state.global_step + 1}: the loss is {float(loss)}, and training stops; its checkpoints up to "
+                f"step {state.global_step} are kept. Lower --learning_rate, or look for what is odd in the data"
+            )

@@ -39,6 +39,31 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: -int(p.name.split("-")[1]))
 
 
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds its optimizer's states and its schedule, in one of the strategies' formats."""
+    states = [*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*")]  # DDP and FSDP; DeepSpeed
+    return bool(states) and (checkpoint / "scheduler.pt").exists()
+
+
+def best_so_far(checkpoint: Path, output_dir: Path) -> Path | None:
+    """The best checkpoint up to `checkpoint`, by its name, in the folders as they are now; None if it names none.
+
+    `ValueError` where it isn't there, or isn't as it was saved.
+    """
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    if not state.get("best_global_step"):
+        return None
+    name = f"checkpoint-{state['best_global_step']}"
+    folders = [folder / name for folder in (output_dir, checkpoint.parent) if (folder / name).is_dir()]
+    wrong = what_is_wrong(folders[0]) if folders else "it isn't there"
+    if wrong:
+        raise ValueError(
+            f"{output_dir / name} is the best checkpoint so far, and can't be used: {wrong}; put it back, or keep the "
+            "last one instead of the best with --load_best_model_at_end false"
+        )
+    return folders[0]
+
+
 def last_good_checkpoint(output_dir: Path) -> Path | None:
     """The latest checkpoint that is whole; each one passed over is named in a warning. None if there is none."""
     for checkpoint in checkpoints(output_dir):

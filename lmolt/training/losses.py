@@ -55,10 +55,19 @@ class Loss:
     """A loss as all of LMolT knows it: `function`, what it reads, its own parameters, its definition for a card.
 
     `rewards_per_token`: the rewards that are logged are means over an output's tokens, as such a loss sees them.
+    `depends_on_split`: the loss of a step isn't the same however it is cut into micro-batches.
     """
 
-    def __init__(self, function: Callable[..., torch.Tensor], definition: str, *, rewards_per_token: bool = False):
-        self.function, self.definition, self.rewards_per_token = function, definition, rewards_per_token
+    def __init__(
+        self,
+        function: Callable[..., torch.Tensor],
+        definition: str,
+        *,
+        rewards_per_token: bool = False,
+        depends_on_split: bool = False,
+    ):
+        self.function, self.definition = function, definition
+        self.rewards_per_token, self.depends_on_split = rewards_per_token, depends_on_split
 
     @cached_property
     def reads(self) -> set[str]:
@@ -235,7 +244,9 @@ LOSSES = {
     "dpo": Loss(dpo, "direct preference optimisation (Eq. 5)"),
     "cpo": Loss(cpo, "contrastive preference optimisation with its NLL term (Eqs. 6 and 8)"),
     "kto": Loss(kto, "Kahneman-Tversky optimisation (Eqs. 9 to 13)"),
-    "kto_pair": Loss(kto_pair, "TRL 0.8's kto_pair, the loss that the paper's authors ran as DPO"),
+    "kto_pair": Loss(
+        kto_pair, "TRL 0.8's kto_pair, the loss that the paper's authors ran as DPO", depends_on_split=True
+    ),
     "simpo": Loss(simpo, "simple preference optimisation (Meng et al. 2024)", rewards_per_token=True),
     "cpo_simpo": Loss(cpo_simpo, "SimPO with CPO's NLL term", rewards_per_token=True),
     "orpo": Loss(orpo, "odds ratio preference optimisation (Hong et al. 2024)", rewards_per_token=True),

@@ -6,13 +6,35 @@ from pathlib import Path
 import torch
 
 from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP, build_prompt
-from lmolt.training.losses import LOSSES
+from lmolt.training.losses import LOSSES, Loss
 
 logger = logging.getLogger(__name__)
 
 TRANSLATION_SCORES = {MOL2CAP: ("bleu2",), CAP2MOL: ("validity", "exact_match", "morgan")}
 COLUMNS = ("pairs", "chosen", "rejected", "accuracies", "logp_chosen", "tokens_chosen", "logp_rejected")
 COLUMNS += ("tokens_rejected",)
+
+GREATER = {  # whether more is better, of what is logged of each direction
+    "logps/chosen": True,
+    "logps/rejected": False,
+    "nll": False,
+    "rewards/chosen": True,
+    "rewards/rejected": False,
+    "rewards/accuracies": True,
+    "rewards/margins": True,
+}
+
+
+def best_is_greater(metric: str, loss: Loss, translations: bool, directions=DIRECTIONS) -> bool:
+    """Whether more of a held-out `metric` is better; `ValueError` where a run of `loss` has none of that name."""
+    known = {"loss": False}
+    for direction in directions:
+        names = GREATER if "rejected" in loss.reads else {name: GREATER[name] for name in ("logps/chosen", "nll")}
+        names = names | dict.fromkeys(TRANSLATION_SCORES[direction] if translations else (), True)
+        known |= {f"{direction}/{name}": greater for name, greater in names.items()}
+    if metric not in known:
+        raise ValueError(f"--metric_for_best_model {metric!r} is not evaluated; use one of {', '.join(known)}")
+    return known[metric]
 
 
 class Statistics:

@@ -8,17 +8,16 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import ProgressCallback, Trainer
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from lmolt import ownership
 from lmolt.distributed import strategy
-from lmolt.files import cache_folder
 from lmolt.models import tree
 from lmolt.models.attention import TREE, Shapes
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
-from lmolt.training import checkpoints, reference
+from lmolt.training import checkpoints, identity, reference
 from lmolt.training.arguments import PreferenceArguments
 from lmolt.training.batches import (
     Example,
@@ -29,7 +28,7 @@ from lmolt.training.batches import (
     micro_batches_for,
     tree_costs,
 )
-from lmolt.training.callbacks import OneLineProgress
+from lmolt.training.callbacks import FiniteLossCallback, OneLineProgress
 from lmolt.training.efficiency import Efficiency
 from lmolt.training.losses import LOSSES, kto_z
 from lmolt.training.statistics import Statistics, translation_scores
@@ -49,7 +48,17 @@ class PreferenceTrainer(Trainer):
     doesn't depend on how a step is split.
     """
 
-    def __init__(self, model, args: PreferenceArguments, train: list[Example], evaluation: list[Example], **kwargs):
+    def __init__(
+        self,
+        model,
+        args: PreferenceArguments,
+        train: list[Example],
+        evaluation: list[Example],
+        fixed: dict | None = None,
+        changeable: dict | None = None,
+        **kwargs,
+    ):
+        """`fixed` is what identity.of_inputs found, `changeable` what may be another in a resumed run."""
         if args.packing == "tree" and model.config._attn_implementation not in (TREE, "sdpa"):
             logger.warning("%s takes no tree mask: rows are padded, with the same numbers", model.config.model_type)
             args.packing = "padded"
@@ -64,7 +73,7 @@ class PreferenceTrainer(Trainer):
                 args.tokens_per_batch,
                 world=args.world_size,
                 seed=self.seed,
-                epochs=math.ceil(args.num_train_epochs),
+                epochs=self._epochs(args, len(train)),
             )
         super().__init__(
             model,
@@ -82,12 +91,32 @@ class PreferenceTrainer(Trainer):
         if args.eval_translations:
             strategy.check_translations(self.strategy)
         self.loss_is_scaled_for_ga = True
+        if self.accelerator.mixed_precision != (ran := "fp16" if args.fp16 else "bf16" if args.bf16 else "no"):
+            raise ValueError(
+                f"--bf16 and --fp16 ask for {ran!r}, and accelerate would run {self.accelerator.mixed_precision!r}; "
+                "look at the mixed precision in its configuration, or DeepSpeed's"
+            )
+        self.fixed = (fixed or {}) | identity.of_policy(self.model, self.accelerator)
+        self.fixed["triples a step"] = self.pairs_per_step
+        self.changeable, self.changes = changeable or {}, []
+        self.chosen = {"attention": model.config._attn_implementation, "packing": args.packing}
+        self.chosen["tokens_per_batch"] = args.tokens_per_batch
+        self.add_callback(FiniteLossCallback(self))
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        self.step_loss, self.best_before = 0.0, None
+        self.kept_step = None  # that of the best checkpoint, where it is loaded at the end
         self.efficiency = Efficiency(model)
         self.statistics = Statistics(args)
         self._first_batch_checked = False
         tree.SHAPES.update({True: Shapes(), False: Shapes()})  # this run's own, whatever ran in this process before
 
     # --- batches
+
+    def _epochs(self, args, rows: int) -> int:
+        """How many epochs are begun, also where --max_steps goes on beyond --num_train_epochs."""
+        steps = math.ceil(rows / self.pairs_per_step)
+        return math.ceil(args.num_train_epochs if args.max_steps < 1 else args.max_steps / steps)
 
     def _sampler(self, costs, pairs_per_step, **kwargs) -> StepBatchSampler:
         rank, world = self.args.process_index, self.args.world_size
@@ -98,13 +127,24 @@ class PreferenceTrainer(Trainer):
         sampler = self._sampler(
             self.costs, self.pairs_per_step, micro_batches=self.args.gradient_accumulation_steps, most=most
         )
-        return _EpochLoader(self.train_dataset, batch_sampler=sampler, collate_fn=collate)
+        return _EpochLoader(self.train_dataset, batch_sampler=sampler, collate_fn=collate, **self._workers())
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         per_step = self.args.eval_batch_size * self.args.world_size
         sampler = self._sampler(tree_costs(dataset.examples), per_step, shuffle=False)
-        return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+        return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **self._workers())
+
+    def _workers(self) -> dict:
+        args = self.args
+        if not args.dataloader_num_workers:
+            return {}
+        return {
+            "num_workers": args.dataloader_num_workers,
+            "persistent_workers": args.dataloader_persistent_workers,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+            "multiprocessing_context": args.dataloader_multiprocessing_context,
+        }
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
         return inputs  # trees are built, and moved to the device, in `_logps`
@@ -149,8 +189,7 @@ class PreferenceTrainer(Trainer):
         return tree_logps(model, packed.to(self.args.device), self.args.score_chunk)
 
     def _reference(self, batch: MicroBatch, column: int) -> torch.Tensor:
-        values = [example.reference[column] for example in batch.examples]
-        return torch.tensor(values, dtype=torch.float64, device=self.args.device)
+        return batch.references[:, column].to(self.args.device)
 
     def _forward(self, model, batch: MicroBatch, num_pairs, num_tokens, z) -> tuple[torch.Tensor, torch.Tensor]:
         """This micro-batch's share of the loss, and its statistics (directions, STATISTICS)."""
@@ -170,6 +209,11 @@ class PreferenceTrainer(Trainer):
         loss = self.loss(given, self.args.loss_parameters)
         return loss.float(), self.statistics.of(examples, given)
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_loss = self.step_loss + loss  # FiniteLossCallback looks at it once a step
+        return loss
+
     def compute_loss(self, model, inputs: MicroBatch, return_outputs=False, num_items_in_batch=None):
         self._check_first_batch(model, inputs)
         loss, statistics = self._forward(model, inputs, **num_items_in_batch)
@@ -178,12 +222,12 @@ class PreferenceTrainer(Trainer):
         return loss * self.args.world_size
 
     def _check_first_batch(self, model, batch: MicroBatch) -> None:
-        """On one triple, dropout off: tree and padded rows agree, and before the first step so does the reference."""
+        """On one triple, dropout off: tree and padded rows agree."""
         if self._first_batch_checked:
             return
         self._first_batch_checked = True
         example = batch.examples[0]
-        sequences = [(example.prompt, example.chosen), (example.prompt, example.rejected)]
+        sequences = [(example.prompt, output) for output in (example.chosen, example.rejected) if len(output)]
         was_training = model.training
         model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -204,14 +248,6 @@ class PreferenceTrainer(Trainer):
                 "mask. Use --packing padded"
             )
         logger.info("tree and padded rows agree on the first triple: %.1e a token", difference)
-        if self.loss.has_reference and self.state.global_step == 0:
-            difference = per_token(torch.tensor(example.reference[:2], dtype=torch.float64, device=padded.device))
-            if not difference <= allowed:
-                raise ValueError(
-                    f"triple {example.id!r}: before the first step, policy and reference differ by {difference:.2g} a "
-                    f"token, over the {allowed:g} that rounding explains; the cached reference is another model's. "
-                    f"Delete {cache_folder()}"
-                )
 
     # --- evaluation, logging, saving
 
@@ -231,6 +267,8 @@ class PreferenceTrainer(Trainer):
             share, statistics = self._forward(model, batch, **normalisers)
             loss, totals = loss + share, totals + statistics
         loss = self.accelerator.reduce(loss, "sum").item()
+        if not math.isfinite(loss):
+            raise ValueError(f"step {self.state.global_step}: the held-out loss is {loss}, and training stops")
         means = self.statistics.means(self.accelerator.reduce(totals, "sum"))
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in {"loss": loss, **means}.items()}
         if self.args.eval_translations:
@@ -242,6 +280,41 @@ class PreferenceTrainer(Trainer):
         if "loss" in logs:  # a training step, and not an evaluation or the end of training
             logs |= self.statistics.drain(self.accelerator) | self.efficiency.rates()
         super().log(logs, start_time)
+
+    # --- resuming
+
+    def check_resumable(self, checkpoint: Path) -> None:
+        """`ValueError` where this run isn't the one that saved `checkpoint`, or can't go on as that chose to."""
+        strategy.check_resumable(checkpoint, self.strategy)
+        record = identity.read(checkpoint)
+        identity.check_same(checkpoint, record["fixed"], self.fixed)
+        for name, value in record["chosen"].items():
+            if self.chosen.get(name, value) != value:
+                raise ValueError(
+                    f"{checkpoint} was trained with {name} {value}, which doesn't run here ({self.chosen[name]} does)"
+                )
+        step = int(checkpoint.name.split("-")[-1]) if checkpoint.name.startswith("checkpoint-") else 0
+        self.changes = identity.changes_since(record, self.changeable, step)
+        if self.args.load_best_model_at_end:
+            self.best_before = checkpoints.best_so_far(checkpoint, Path(self.args.output_dir))
+
+    def _init_training_state(self, max_steps, steps_an_epoch, epochs, resume_from_checkpoint, trial):
+        begun, skipped = super()._init_training_state(max_steps, steps_an_epoch, epochs, resume_from_checkpoint, trial)
+        if resume_from_checkpoint is not None:
+            self.state.best_model_checkpoint = self.best_before and str(self.best_before)  # not where it once was
+            if self.state.global_step >= max_steps:
+                begun, skipped = epochs, 0  # all steps are done
+        return begun, skipped
+
+    def _load_best_model(self):
+        best = Path(self.state.best_model_checkpoint)
+        if wrong := checkpoints.what_is_wrong(best):
+            raise ValueError(
+                f"{best} is the best checkpoint, and can't be loaded: {wrong}; "
+                "--load_best_model_at_end false keeps the last one"
+            )
+        super()._load_best_model()
+        self.kept_step = self.state.best_global_step
 
     def floating_point_ops(self, inputs) -> float:
         return self.efficiency.drain_flops()
@@ -284,6 +357,7 @@ class PreferenceTrainer(Trainer):
             checkpoint = output_dir / f"checkpoint-{self.state.global_step}"
             (checkpoint / "efficiency.json").write_text(json.dumps(efficiency, indent=1))
             strategy.write(checkpoint, self.strategy)
+            identity.write(checkpoint, self.fixed, self.changeable, self.chosen, self.changes)
             checkpoints.write_manifest(checkpoint)
             rotate_checkpoints(
                 output_dir=str(output_dir),
@@ -295,13 +369,9 @@ class PreferenceTrainer(Trainer):
 
     def set_references(self, identity: dict) -> str:
         """Give every example its log-probabilities under the model as it stands now; "computed" or "cached"."""
-        examples = self.train_dataset.examples + (self.eval_dataset.examples if self.eval_dataset else [])
-        key = reference.cache_key(identity, examples)
-        logps, outcome = reference.read_cache(key), "cached"
-        if logps is None:
-            logps, outcome = reference.compute(self, examples), "computed"
-            if self.is_world_process_zero():
-                reference.write_cache(key, logps)
-        for example, row in zip(examples, logps.tolist(), strict=True):
-            example.reference = tuple(row)
+        datasets = [self.train_dataset, *([self.eval_dataset] if self.eval_dataset else [])]
+        examples = [example for dataset in datasets for example in dataset.examples]
+        logps, outcome = reference.log_probabilities(self, examples, identity)
+        for dataset in datasets:
+            dataset.references, logps = logps[: len(dataset)], logps[len(dataset) :]
         return outcome
