@@ -82,8 +82,9 @@ def shipped(path: Path | str) -> Path:
     for found in (Path(path), SHIPPED / path):
         if found.is_file():
             return found
-    known = ", ".join(sorted(str(found.relative_to(SHIPPED)) for found in (SHIPPED / "recipes").rglob("*.yaml")))
-    raise FileNotFoundError(f"{path}: no such file; with LMolT come {known}")
+    raise FileNotFoundError(
+        f"{path}: there is no such file, here or in {SHIPPED}, which holds the recipes that come along"
+    )
 
 
 def versions(*packages: str) -> dict[str, str]:

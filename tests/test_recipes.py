@@ -31,5 +31,5 @@ def test_mistakes(text, message, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         parse(["--recipe", str(tmp_path / "r.yaml")])
-    with pytest.raises(FileNotFoundError, match="no recipe"):
+    with pytest.raises(FileNotFoundError, match="none.yaml: there is no such file"):
         parse(["--recipe", str(tmp_path / "none.yaml")])

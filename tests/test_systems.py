@@ -49,7 +49,7 @@ def test_mistakes(tmp_path):
         ValueError, match=r"no system 'molt5_larg' \(did you mean 'molt5_large'\?\): molt5_small, .*, slerp_cpo"
     ):
         read_system("molt5_larg")
-    with pytest.raises(FileNotFoundError, match="no file of systems"):
+    with pytest.raises(FileNotFoundError, match="none.yaml: there is no such file, here or in "):
         read_system("cpo", tmp_path / "none.yaml")
     entry = {"architecture": "t5", "parameters": 1, "download": 1, "licence": "mit", "prompt": "bare"}
     wrong = {
@@ -83,6 +83,7 @@ def test_a_system_that_cannot_be_loaded_says_what_it_needs(tmp_path, monkeypatch
 def test_what_is_kept():
     chat = read_system("chem_llm")
     assert finish(chat, CAP2MOL, "Sure! It is `CC(=O)O`.<|im_end|>\nCCCCCCCCCCC") == "CC(=O)O"
+    assert finish(chat, CAP2MOL, "C: CC(=O)O, not O") == "CC(=O)O"  # the longest word that is a molecule, not the first
     assert finish(chat, CAP2MOL, "Ask a chemist!") == "Ask a chemist!"
     assert finish(chat, MOL2CAP, "It is an acid. <|im_end|> CCO") == "It is an acid."
     assert finish(read_system("meditron"), CAP2MOL, " CC#N\n### Input: x") == "CC#N"

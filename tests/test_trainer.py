@@ -102,10 +102,21 @@ def test_token_budget_and_padded_rows_give_the_same_gradient(loss, tiny_policy, 
     assert (step_gradient(budget) - plain).norm() <= 1e-5 * plain.norm()
 
 
-def test_kto_z_is_positive_in_these_tests(tiny_policy, few_triples, tmp_path):
+def test_kto_z_is_the_mean_log_ratio_of_mismatched_pairs(tiny_policy, few_triples, tmp_path):
+    """Eq. 11, where it is more than 0: against log-softmax of the model's own logits, a pair at a time."""
     trainer = make_trainer(tiny_policy, few_triples, tmp_path, loss="kto", per_device_train_batch_size=8)
-    z = trainer._normalisers(list(trainer.get_train_dataloader())[:1])["z"]
-    assert z.item() != 0 or trainer._mismatched_log_ratio(list(trainer.get_train_dataloader())[:1]) < 0
+    trainer.model.eval()
+    micro = list(trainer.get_train_dataloader())[:2]
+    ratios = []
+    for i, example in enumerate(example for batch in micro for example in batch.examples):
+        chosen, rejected, mismatched = example.reference
+        example.reference = (chosen, rejected, mismatched - 3 - i)  # away from the other two, so that z > 0
+        ids = torch.tensor([example.prompt + example.mismatched])
+        with torch.no_grad():
+            logps = trainer.model(ids).logits.double().log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        ratios.append(logps[-len(example.mismatched) :].sum().item() - example.reference[2])
+    z = trainer._normalisers(micro)["z"].item()
+    assert z > 1 and z == pytest.approx(sum(ratios) / len(ratios), rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
@@ -156,6 +167,18 @@ def test_mismatched_partners_keep_direction_and_differ(tiny_policy, few_triples)
     for example in examples:
         assert example.mismatched in outputs[example.direction]
         assert example.mismatched not in (example.chosen, example.rejected)
+
+
+def test_mismatched_partners_are_of_another_source(tiny_policy, few_triples):
+    """Triples of one source, with outputs of their own: a partner among those would tell KTO nothing of a mismatch."""
+    tokenizer = loading.load_tokenizer(str(tiny_policy))
+    one_source = [
+        triple | {"source": few_triples[0]["source"]} for triple in few_triples if triple["direction"] == "mol2cap"
+    ]
+    other = {"id": "x", "direction": "mol2cap", "source": "O", "chosen": "Water.", "rejected": "Not water."}
+    examples, _ = batches.encode_triples([*one_source, other], tokenizer, 512, "error")
+    batches.assign_mismatches(examples, seed=1)
+    assert all(e.mismatched in (examples[-1].chosen, examples[-1].rejected) for e in examples[:-1])
 
 
 def test_one_bos_one_eos_and_no_eos_lost_when_pad_is_eos(tiny_policy, few_triples):
