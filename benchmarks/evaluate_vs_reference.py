@@ -31,7 +31,9 @@ STAGES = ("captions", "molecules", "fcd", "total")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=3300)
     parser.add_argument("--rounds", type=int, default=1, help="runs of each side")
     parser.add_argument("--stages", nargs="+", choices=STAGES[:3], default=STAGES[:3])

@@ -67,7 +67,9 @@ def memory(model: Llama, strategy: str, gpus: int, tokens: int, rank: int) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=4096, help="of a micro-batch, as --tokens_per_batch")
     parser.add_argument("--rank", type=int, default=64, help="of the adapter, on all linear layers")

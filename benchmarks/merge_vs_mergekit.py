@@ -131,7 +131,9 @@ def differing(one: Path, other: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", choices=LAYERS, default=["S"])
     parser.add_argument(
         "--methods", nargs="+", choices=("ties", "slerp", "linear"), default=["ties", "slerp", "linear"]

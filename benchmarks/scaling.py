@@ -102,7 +102,9 @@ def projected(strategy: str, gpus: int, rank: int = 64, tokens: int = 8192, micr
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=12, help="of each run")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()

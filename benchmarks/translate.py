@@ -20,7 +20,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="folder or Hub id (default: two random models)")
     parser.add_argument("--pairs", help="demo, a file, or a Hub data set (default: RDKit's molecules)")
     parser.add_argument("--split")

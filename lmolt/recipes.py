@@ -25,7 +25,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
-        found, unknown = self.parse_known_args(args, namespace)
+        args = sys.argv[1:] if args is None else list(args)
+        known = self._option_string_actions
+        unknown = [text for text in args if text.startswith("--") and text[2:] and text.split("=")[0] not in known]
+        found, unknown = (None, unknown) if unknown else self.parse_known_args(args, namespace)
         if unknown:
             raise ValueError(describe_unknown(unknown, self._option_string_actions))
         return found

@@ -32,6 +32,7 @@ from datetime import UTC, datetime
 from lmolt.files import run_main, versions
 from lmolt.generation.systems import SYSTEMS, System, finish, load, read_system
 from lmolt.prompts import CAP2MOL, DIRECTIONS, build_prompt
+from lmolt.recipes import Parser
 
 PACKAGES = ("torch", "transformers", "peft", "rdkit", "fcd", "nltk", "rapidfuzz", "numpy")
 CACHE = Path(os.environ.get("LMOLT_CACHE", Path.home() / ".cache" / "lmolt"))
@@ -41,7 +42,7 @@ FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # as accelerate launch numbe
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="causal or sequence-to-sequence model: a folder or a Hub id")
     what.add_argument("--system", metavar="NAME", help="one of --systems: its models, prompts, stop rules")

@@ -37,14 +37,14 @@ from datetime import UTC, datetime
 
 from lmolt.files import run_main, versions
 from lmolt.prompts import CAP2MOL, COLUMNS, DIRECTIONS, MOL2CAP
-from lmolt.recipes import apply_recipe
+from lmolt.recipes import Parser, apply_recipe
 
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # as accelerate launch numbers them; it alone prints and writes
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "rdkit")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", help="YAML file of defaults for these flags")
     parser.add_argument("--pairs", required=True, help="demo, lpm24, chebi20, a file, a folder, or a Hub data set")
     parser.add_argument(

@@ -40,14 +40,14 @@ from lmolt.merging.safetensors_io import (
     partial_folder,
     replaced_folder,
 )
-from lmolt.recipes import apply_recipe
+from lmolt.recipes import Parser, apply_recipe
 
 SAVED = ("method", "models", "revision", "weights", "t", "weights_for", "base", "density", "normalize", "lambda")
 SAVED += ("rounding", "seed", "dtype", "adapter", "fold_base")  # what merge.json repeats; the rest doesn't change bytes
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--recipe", help="YAML file of defaults for these flags (recipes/merge/)")
     add("--method", choices=methods.METHODS)

@@ -25,6 +25,7 @@ import yaml
 from lmolt.files import run_main
 from lmolt.generation.systems import SYSTEMS, System, read_system
 from lmolt.prompts import CAP2MOL, MOL2CAP
+from lmolt.recipes import Parser
 from lmolt.training.losses import LOSSES
 
 RECIPES = SYSTEMS.parent
@@ -235,7 +236,7 @@ def run(stages: list[Stage]) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=("paper", "demo", "tiny"), default="paper", help="tiny: for tests")
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"only some of {', '.join(ROWS)}")
     parser.add_argument("--dry_run", action="store_true", help="print the plan and its commands; run nothing")

@@ -29,13 +29,14 @@ from lmolt.files import run_main
 from lmolt.generation.systems import SYSTEMS
 from lmolt.ownership import hold
 from lmolt.prompts import CAP2MOL, DIRECTIONS
+from lmolt.recipes import Parser
 
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # as accelerate launch numbers them; it alone prints and writes
 RANKS = ("logp", "mean_logp", "channel", "votes")  # of lmolt/generation/ranking.py, which imports torch
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="SMILES or captions")
     parser.add_argument("--input", metavar="FILE", help=f"{', '.join(INPUTS)}, or - for the standard input")
     parser.add_argument("--column", help="of a table (default: molecule, SMILES, caption, description, the only one)")

@@ -213,11 +213,10 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_place_that_cannot_be_written_to_is_found_first(script, tmp_path, capsys):
+def test_a_place_that_cannot_be_written_to_is_found_first(script, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="file is no folder that can be written to"):
         script("--predictions", "none.tsv", "--direction", "cap2mol", "--output", tmp_path / "file" / "out")
-    assert "file is no folder that can be written to" in capsys.readouterr().err
 
 
 def test_help_is_quick():

@@ -25,6 +25,7 @@ from typing import NamedTuple
 from lmolt.data.pairs import DEMO, scaffold_split
 from lmolt.files import read_table, run_main, write_table
 from lmolt.prompts import COLUMNS, DIRECTIONS, TEMPLATES, build_prompt, encode_output, encode_prompt
+from lmolt.recipes import Parser
 
 SPLITS = {"train": 0.88, "validation": 0.04, "test": 0.08}
 SEED = 0
@@ -346,7 +347,7 @@ def _batches(rows: list[tuple[list[int], list[int]]], draw: random.Random) -> li
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="full", help="tiny: for tests")
     parser.add_argument("--folder", type=Path, default=DEMO, help=f"default: {DEMO}")
     parser.add_argument("--seed", type=int, default=SEED, help="of the models; the pairs are always the same")
