@@ -60,7 +60,8 @@ def reference_pairs(data: Path, rows: int) -> list[tuple[str, str]]:
             draw = random.Random(number)
             text = ". It has a role as a ".join(draw.sample(names, 4))
             pairs.append((line.split()[0], f"The molecule is a {text} number {number}."))
-    from lmolt.metrics.molecule import canonical, in_processes
+    from lmolt.metrics.smiles import canonical
+    from lmolt.metrics.workers import in_processes
 
     readable = in_processes(canonical, [s for s, _ in pairs])
     return [pair for pair, found in zip(pairs, readable, strict=True) if found][:rows]
@@ -70,7 +71,8 @@ def outputs(pairs: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
     """A stand-in system's (SMILES, captions) for the pairs, in the shape the module's docstring says."""
     from rdkit import Chem
 
-    from lmolt.metrics.molecule import canonical, in_processes
+    from lmolt.metrics.smiles import canonical
+    from lmolt.metrics.workers import in_processes
 
     draw = random.Random(0)
     changed = {}
@@ -195,7 +197,7 @@ def our_molecules(references, predictions, cache) -> dict[str, float]:
     from lmolt.metrics import caption, molecule
     from lmolt.metrics.ngrams import characters
 
-    compared = molecule.columns(molecule.compare(references, predictions, cache))
+    compared = molecule.columns(predictions, molecule.compare(references, predictions, cache))
     columns = caption.bleu_columns(characters(references), characters(predictions))
     return {
         "bleu": caption.bleu_of_sums(np.array([columns[name].sum() for name in caption.BLEU_COLUMNS])),
@@ -206,10 +208,12 @@ def our_molecules(references, predictions, cache) -> dict[str, float]:
 
 
 def our_fcd(references, predictions, cache) -> dict[str, float]:
-    from lmolt.metrics import fcd, molecule
+    from lmolt.metrics import fcd
+    from lmolt.metrics.smiles import canonical
+    from lmolt.metrics.workers import in_processes
 
-    canonical = molecule.in_processes(molecule.canonical, [*references, *predictions])
-    sides = canonical[: len(references)], [s for s in canonical[len(references) :] if s]
+    both = in_processes(canonical, [*references, *predictions])
+    sides = both[: len(references)], [s for s in both[len(references) :] if s]
     return {"fcd": fcd.distance(*sides, "1.2.2", cache)}
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gzip
 import hashlib
 import io
 import json
@@ -11,6 +12,7 @@ import select
 import sys
 import time
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from importlib import metadata
@@ -189,32 +191,60 @@ def sha256_file(path: Path | str) -> str:
 # --- tables
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, byte order mark removed; `ValueError` names the line and byte that are not UTF-8."""
+_LARGEST = 4 * 2**30  # bytes of a text file, unpacked: what is larger is no table of pairs
+_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32"}
+_MARKS |= {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # UTF-32's begins with UTF-16's, so they come last
+
+
+def read_text(path: Path | str, encoding: str = "utf-8") -> str:
+    """The text of a file, gzipped or not, in `encoding` or what its byte order mark says (UTF-8, UTF-16, UTF-32).
+
+    `ValueError` names the line and byte that are not in that encoding.
+    """
+    path = Path(path)
     data = path.read_bytes()
+    if data.startswith(b"\x1f\x8b"):
+        try:
+            with gzip.open(io.BytesIO(data)) as file:
+                data = file.read(_LARGEST + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: not a whole gzip file ({error}); pack it again") from None
+        if len(data) > _LARGEST:
+            raise ValueError(f"{path}: unpacks to over {_LARGEST / 2**30:g} GiB; give a part of it")
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), encoding)
     try:
-        return data.decode("utf-8-sig")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{path} line {line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file "
-            f"(iconv -f LATIN1 -t UTF-8 {path.name}, if Latin-1 is what it is in)"
+            f"{path} line {line}: byte 0x{data[error.start]:02x} is not {encoding.upper()}; convert the file "
+            f"(iconv -f LATIN1 -t UTF-8 {path.name}, if Latin-1 is what it is in), or name its --encoding where there "
+            "is that flag"
         ) from None
+    except LookupError:
+        raise ValueError(f"unknown encoding {encoding!r}; use a name Python knows, such as utf-8 or latin-1") from None
 
 
-def read_table(path: str | Path) -> list[dict]:
+def table_suffix(path: Path | str) -> str:
+    """`.csv` of `pairs.csv` and of `pairs.csv.gz`."""
+    path = Path(path)
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def read_table(path: str | Path, encoding: str = "utf-8") -> list[dict]:
     """Rows of a .csv, .tsv (or .txt), .jsonl or .parquet file, in its order, values as they are stored.
 
-    A .tsv is the field's: tab-separated without quoting, so a quote is data. A .csv may quote. Rows are counted from 1,
-    without the header; blank lines at the end are none. `FileNotFoundError`, or `ValueError` with file, row, value and
+    A .tsv is the field's: tab-separated without quoting, so a quote is data. A .csv may quote, and where its header
+    has semicolons and no comma, those separate. Text may be gzipped (.csv.gz). Rows are counted from 1, without the
+    header; blank lines at the end are none. `FileNotFoundError`, or `ValueError` with file, row, value and
     remedy.
     """
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: unknown suffix {path.suffix!r}; tables are {', '.join(SUFFIXES)}")
+    path, suffix = Path(path), table_suffix(path)
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path}: unknown suffix {suffix!r}; tables are {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    if path.suffix == ".parquet":
+    if suffix == ".parquet":
         import pyarrow as pa  # here: merging starts in 0.15 s, and hashes with what is above
         import pyarrow.parquet as pq
 
@@ -223,8 +253,8 @@ def read_table(path: str | Path) -> list[dict]:
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path}: not a readable parquet file ({error}); write it again") from None
     else:
-        text = read_text(path)
-        rows = _read_jsonl(path, text) if path.suffix == ".jsonl" else _read_separated(path, text)
+        text = read_text(path, encoding)
+        rows = _read_jsonl(path, text) if suffix == ".jsonl" else _read_separated(path, text)
     if not rows:
         raise ValueError(f"{path}: no rows in it")
     return rows
@@ -252,12 +282,14 @@ def _read_jsonl(path: Path, text: str) -> list[dict]:
 
 
 def _read_separated(path: Path, text: str) -> list[dict]:
-    if path.suffix in (".tsv", ".txt"):
+    if table_suffix(path) in (".tsv", ".txt"):
         records = [line.split("\t") for line in _lines(text)]
     else:
         csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
+        header = text.partition("\n")[0]
+        separator = ";" if ";" in header and "," not in header else ","  # as spreadsheets write it in half of Europe
         try:
-            records = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+            records = list(csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator))
         except csv.Error as error:
             raise ValueError(f"{path}: broken quoting ({error}); double each quote inside a quoted cell") from None
     if not records:

@@ -20,9 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+if not __package__:
+    sys.path[0] = str(ROOT)
 
-from lmolt.files import write_whole  # noqa: E402
+from lmolt.files import run_main, write_whole  # noqa: E402
 from lmolt.recipes import Parser
 
 RESULTS = ROOT / "docs" / "evidence"
@@ -143,12 +144,12 @@ def summary() -> str:
     return "\n".join([*lines, "", '± is twice the standard error over seeds; "up" counts seeds.'])
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--summary", action="store_true", help="print the tables; run nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.summary:
         for seed in args.seeds:
             run(seed, args.rows)
@@ -156,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

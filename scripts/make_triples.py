@@ -70,6 +70,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         either.add_argument(f"--{direction}_model", help="folder or Hub id")
         either.add_argument(f"--{direction}_outputs", type=Path, help="file of outputs that exist")
         group.add_argument(f"--{direction}_adapter", help="LoRA adapter of the model: folder or Hub id")
+    parser.add_argument("--encoding", default="utf-8", help="of the files of outputs")
     parser.add_argument("--max_new_tokens", type=int, default=250, help="default: the paper's 250")
     parser.add_argument("--num_beams", type=int, default=1, help="default: greedy")
     parser.add_argument("--num_candidates", type=int, default=1, help="sample so many, take the hardest negative")
@@ -121,13 +122,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def pairs_by_direction(args: argparse.Namespace, counts: Counter) -> dict[str, list[dict]]:
     """Clean, sampled pairs for each direction; those with outputs that exist have them under the direction's name."""
     from lmolt.data.decontamination import screen
-    from lmolt.data.negatives import read_outputs
     from lmolt.data.pairs import clean, read_pairs, sample
+    from lmolt.data.predictions import read_candidates
 
     pairs = read_pairs(args.pairs, args.split, counts, default_split="train", invalid=args.invalid_pairs)
     for direction in args.directions:
         if path := getattr(args, f"{direction}_outputs"):
-            for pair, outputs in zip(pairs, read_outputs(path, direction, pairs), strict=True):
+            candidates, found = read_candidates(path, direction, pairs, args.encoding)
+            counts.update({f"{direction}: {path.name}: {cause}": n for cause, n in found.items()})
+            for pair, outputs in zip(pairs, candidates, strict=True):
                 pair[direction] = outputs
     sampled = sample(pairs, args.fraction, args.seed)
     cleaned, changes = clean(sampled, canonicalise=args.canonicalise, invalid=args.invalid_pairs, where=args.pairs)

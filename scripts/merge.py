@@ -22,6 +22,7 @@ import argparse
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads spin while they wait: CPU time for nothing
 from tqdm import tqdm
@@ -154,10 +155,9 @@ def verify_folder(folder: Path) -> None:
     args = argparse.Namespace(**lineage["arguments"])
     models, base, recipe = resolve(args)
     if args.adapter:
-        from lmolt.merging.folding import Adapter, plain_fold
-
-        adapter = Adapter(find_folder(args.adapter, args.revision), models[0])
-        formula = lambda name: plain_fold(name, models[0], adapter, args.fold_base)
+        formula = verification.fold_by_peft(
+            models[0], find_folder(args.adapter, args.revision), args.fold_base, Checkpoint(folder).dtype
+        )
     else:
         formula = lambda name: verification.plain(recipe, name, models, base)
     shares = verification.verify(folder, lineage, formula)
@@ -185,6 +185,14 @@ def main(argv: list[str]) -> None:
     check_output(args, sources)
     dtype = methods.check_checkpoints(sources, NAMES.get(args.dtype))
     layout = {file: [(e.name, e.shape) for e in entries] for file, entries in models[0].files.items()}
+    if args.adapter:
+        from lmolt.merging.folding import Adapter, fold_tensor  # imports torch and transformers
+
+        adapter = Adapter(find_folder(args.adapter, args.revision), models[0])
+        for note in adapter.notes:
+            print(f"note: {note}")
+        new = {name: job.entry for name, job in adapter.jobs.items() if name not in models[0].entries}
+        layout[list(layout)[-1]] += [(name, entry.shape) for name, entry in new.items()]
     check_room(args.output, layout, dtype)
     name, licence = str(args.output), {}
     if args.push_to_hub:
@@ -193,10 +201,7 @@ def main(argv: list[str]) -> None:
         name = hub.reserve(args.hub_model_id or args.output.name, args.hub_private_repo)
         licence = hub.licence([*filter(None, [*args.models, args.base, args.adapter])])
     if args.adapter:
-        from lmolt.merging.folding import Adapter, fold_tensor  # imports torch
-
-        adapter = Adapter(find_folder(args.adapter, args.revision), models[0])
-        produce = lambda name, write: fold_tensor(name, models[0], adapter, args.fold_base, dtype, write)
+        produce = lambda name, write: fold_tensor(name, adapter, args.fold_base, dtype, write)
     else:
         produce = lambda name, write: methods.merge_tensor(name, models, base, recipe, dtype, write)
     inputs = check_files(dict(zip([*args.models, args.base], sources, strict=False)))
@@ -208,7 +213,7 @@ def main(argv: list[str]) -> None:
 
     # --- one tensor after the other
     began = time.perf_counter()
-    sizes = {name: entry.size for name, entry in models[0].entries.items()}
+    sizes = {name: prod(shape) for tensors in layout.values() for name, shape in tensors}
     done = sum(sizes[record["tensor"]] for record, _ in output.done)
     with tqdm(total=sum(sizes.values()), initial=done, unit_scale=True, desc=args.method or "fold") as bar:
         records, outputs = output.write_tensors(lambda *job: (produce(*job), bar.update(sizes[job[0]]))[0])
@@ -225,7 +230,7 @@ def main(argv: list[str]) -> None:
     }
     config = json.loads((models[0].folder / "config.json").read_text())
     write_lineage(output.partial, name, lineage, seq2seq=config.get("is_encoder_decoder", False))
-    output.finish(models[0])
+    output.finish(models[0], {"tie_word_embeddings": False} if args.adapter and adapter.untied else {})
     print(table(lineage))
     print(f"wrote {args.output} in {time.perf_counter() - began:.1f} s: the model, its card, merge.json")
     if args.plot:

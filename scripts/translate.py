@@ -17,8 +17,8 @@ says why. What a killed run has translated stays in OUTPUT.journal: the same com
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # `scripts/` first would shadow the library `evaluate` and hide `lmolt`
+if not __package__:  # `scripts/` first on the path would shadow the library `evaluate` and hide `lmolt`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import os

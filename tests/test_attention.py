@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lmolt.models import tree as tree_module
-from lmolt.models.attention import TILE, TREE, Shapes, cut, why_not_tree
+from lmolt.models.attention import TILE, TREE, Shapes, cut, flex_blocks, why_not_tree
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {
     "vocab_size": 300,
     "hidden_size": 64,
@@ -68,14 +69,16 @@ def sequences_of(triples: int, draw: random.Random, instruction=95, source=(60, 
 def test_each_kind_of_layer_sees_what_it_sees_in_a_plain_row(name):
     config, arguments = CONFIGS[name]
     config = getattr(transformers, config)(**arguments)
-    eager = sharp(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
-    tree = AutoModelForCausalLM.from_config(config, attn_implementation=TREE)
+    eager = sharp(AutoModelForCausalLM.from_config(config, attn_implementation="eager")).to(DEVICE)
+    tree = AutoModelForCausalLM.from_config(config, attn_implementation=TREE).to(DEVICE)
     tree.load_state_dict(eager.state_dict())
     sequences = sequences_of(3, random.Random(0))
     truth = torch.cat([padded_logps(eager, [sequence]) for sequence in sequences])
-    packed = tree_logps(tree, build_tree(sequences))
+    packed = tree_logps(tree, build_tree(sequences).to(DEVICE))
     assert (packed - truth).abs().max() < 1e-4
     assert (padded_logps(tree, sequences) - truth).abs().max() < 1e-4
+    with torch.no_grad():
+        assert (tree_logps(tree, build_tree(sequences).to(DEVICE), attention="flex") - truth).abs().max() < 1e-4
     gradients = []
     for model, logps in ((eager, truth), (tree, packed)):
         logps.sum().backward()
@@ -151,8 +154,8 @@ def counted(triples: int, layers: int) -> dict[str, tuple[Counting, Counting]]:
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPE | {"num_hidden_layers": layers}, attn_implementation=TREE)
     lora = LoraConfig(r=8, target_modules="all-linear", lora_dropout=0.1)
-    model = get_peft_model(AutoModelForCausalLM.from_config(config, attn_implementation=TREE), lora).train()
-    tree = build_tree(sequences_of(triples, random.Random(0)))
+    model = get_peft_model(AutoModelForCausalLM.from_config(config, attn_implementation=TREE), lora).train().to(DEVICE)
+    tree = build_tree(sequences_of(triples, random.Random(0))).to(DEVICE)
     with Counting(len(tree.input_ids)) as forward:
         loss = tree_logps(model, tree).sum()
     with Counting(len(tree.input_ids)) as backward:
@@ -185,6 +188,30 @@ def test_one_copy_to_the_device(monkeypatch):
     monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: pytest.fail("made on the device"))
     tree_logps(model, build_tree(sequences_of(2, random.Random(0))))
     assert copies == [1]
+
+
+@pytest.mark.parametrize(("window", "chunk"), [(None, None), (64, None), (None, 64)])
+def test_flex_blocks_are_those_of_the_whole_mask(window, chunk):
+    """Against the mask of T x T: a block that is said to be whole is, and no block with a visible pair is left out."""
+    tree = build_tree(sequences_of(6, random.Random(0), source=(60, 400)))
+    mask = tree.attention_mask(window, chunk)
+    size = 32
+    lists = flex_blocks(tree.subtree_end, tree.position_ids, window, chunk, size)
+    n = len(lists["some"])
+    assert lists["all"].sum() > 0
+    looked_at = 0
+    for i in range(n):
+        some, whole = (set(lists[f"{name}_at"][i][: lists[name][i]]) for name in ("some", "all"))
+        assert not some & whole
+        looked_at += len(some)
+        for j in range(n):
+            block = mask[i * size : (i + 1) * size, j * size : (j + 1) * size]
+            assert block.any() <= (j in some | whole)
+            assert (j not in whole) or block.all()
+    partial = sum(
+        mask[i * size : (i + 1) * size, j * size : (j + 1) * size].any() for i in range(n) for j in range(n)
+    ) - sum(lists["all"])
+    assert looked_at <= 2 * partial  # little is looked at for nothing
 
 
 def exact_products(ends: list[int], target: int = 128) -> int:

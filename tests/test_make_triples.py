@@ -198,7 +198,7 @@ def test_models_a_kill_and_two_processes(pairs, tmp_path, tiny_policy):
         ),
         (
             ["--pairs", "{pairs}", "--output", "t.jsonl", "--directions", "mol2cap", "--mol2cap_outputs", "{bad}"],
-            "needs columns id and prediction (or output), found molecule, caption",
+            "row 1: no column 'prediction' (or 'output'), found molecule, caption",
         ),
         (
             ["--pairs", "{pairs}", "--fraction", "2", "--output", "t.jsonl", "--directions", "mol2cap"]

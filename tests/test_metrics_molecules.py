@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import warnings
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import pytest
 from rdkit import Chem, DataStructs
 from rdkit.Chem import AllChem, MACCSkeys
 
-from lmolt.metrics import compare, fcd, molecule, score
+from lmolt.metrics import compare, fcd, molecule, score, workers
 from lmolt.metrics.hallucination import chrf
+from lmolt.metrics.smiles import oddity
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 REFERENCES = ["CCO", "C[C@H](N)C(=O)O", "c1ccccc1C", "CC(C)C", "C/C=C\\C", "C1CCCCC1O"]
@@ -57,7 +60,7 @@ def test_small_set_by_hand():
 
 def test_fingerprints_equal_rdkit():
     valid = np.array([True, True, True, False, False, True])
-    found = molecule.columns(molecule.compare(REFERENCES, PREDICTIONS))
+    found = molecule.columns(PREDICTIONS, molecule.compare(REFERENCES, PREDICTIONS))
     old_morgan = lambda m: AllChem.GetMorganFingerprint(m, 2)
     kinds = {"maccs": MACCSkeys.GenMACCSKeys, "rdk": Chem.RDKFingerprint, "morgan": old_morgan}
     for key, fingerprint in kinds.items():
@@ -134,7 +137,9 @@ def test_activations_and_distance_equal_fcd(monkeypatch):
 
 def test_pool_equals_one_process():
     smiles = ["C" * n + tail for n in range(1, 70) for tail in ("O", "N", "(", "[Na+].[Cl-]")]
-    one, two = (molecule.columns(molecule.compare(smiles[::4] * 4, smiles, None, workers)) for workers in (1, 2))
+    one, two = (
+        molecule.columns(smiles, molecule.compare(smiles[::4] * 4, smiles, None, workers)) for workers in (1, 2)
+    )
     assert all(np.array_equal(one[key], two[key], equal_nan=True) for key in one)
 
 
@@ -161,3 +166,92 @@ def test_evaluate_load(monkeypatch, tmp_path):
     assert found["rouge1"] == 0.75 and "absent" in found["details"]["metrics"]["nli_entailment"]
     found = captions.compute(predictions=["an ester"], references=["an ester"], sources=["CC"], n_bootstrap=20)
     assert found["group_hallucination"] == 1
+
+
+def clique(n: int) -> str:
+    """A SMILES of n uranium atoms, each bonded to each: a hundred characters that RDKit's path fingerprint dies of."""
+    rings, number = [""] * n, 10
+    for i in range(n):
+        for j in range(i + 2, n):
+            rings[i], rings[j], number = rings[i] + f"%{number}", rings[j] + f"%{number}", number + 1
+    return "".join(f"[U]{ring}" for ring in rings)
+
+
+def test_what_rdkit_does_not_finish_is_counted_and_the_rest_scored(monkeypatch):
+    monkeypatch.setattr(workers, "SECONDS", 0.5)
+    predictions = [clique(11), *PREDICTIONS[1:5], "C" * 6000]
+    result, per_example = score("cap2mol", [""] * 6, REFERENCES, predictions, fcd=False, n_bootstrap=20)
+    assert per_example["count_unfinished"].tolist() == [1, 0, 0, 0, 0, 0]
+    assert per_example["validity"].tolist() == [0, 1, 1, 0, 0, 0]
+    assert result["counts"]["unfinished_prediction"] == 1 and result["counts"]["overlong_prediction"] == 1
+    with pytest.raises(ValueError, match=r"row 2: the reference '\[U\].*': RDKit .* --invalid_pairs drop"):
+        score("cap2mol", [""] * 2, ["C", clique(11)], ["C", "C"], fcd=False)
+
+
+def _end(item: str):
+    if item == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if item == "loop":
+        while True:
+            pass
+    if item == "memory":
+        return bytearray(3 * 2**30)
+    if item == "rdkit":
+        raise RuntimeError("Invariant Violation")
+    if item == "ours":
+        raise IndexError(item)
+    return item.upper()
+
+
+def test_workers_tell_why_an_item_has_no_result(monkeypatch):
+    monkeypatch.setattr(workers, "SECONDS", 0.5)
+    items = ["a", "crash", "b", "loop", "memory", "rdkit", "c"] + ["d"] * 100
+    for count in (1, 2):
+        found = workers.in_processes(_end, items, count)
+        assert [str(f) for f in found if not isinstance(f, workers.Unfinished)] == ["A", "B", "C"] + ["D"] * 100
+        assert [type(found[i]) for i in (1, 3, 4, 5)] == [workers.Unfinished] * 4
+        assert found[1] == "RDKit crashed over it (SIGSEGV)" and found[3] == "RDKit did not finish it in 0.5 s"
+        assert found[4] == "RDKit needed more than 2 GiB for it" and "Invariant Violation" in found[5]
+    with pytest.raises(IndexError, match="ours"):
+        workers.in_processes(_end, ["a", "ours"], 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        *[("CCO and this is the answer", "text_after"), ("CCO ethanol", "text_after"), ("C\tC", "text_after")],
+        *[("CCN |$;;R1$|", "cxsmiles"), ("C[C@H](O)F |o1:1|", "cxsmiles")],
+        *[("CCO\u200b", "non_ascii"), ("\ufeffCCO", "non_ascii"), ("CCCl₂", "non_ascii"), ("ＣＣＯ", "non_ascii")],
+        *[("[C][C][O]", "selfies"), ("[C][=C][Branch1][C][O]", "selfies"), ("[O][=C]", "selfies")],
+        *[
+            ("InChI=1S/CH4/h1H4", "inchi"),
+            ("nan", "missing_value"),
+            ("N/A", "missing_value"),
+            ("None", "missing_value"),
+        ],
+        *[("5", "number"), ("-1.5e3", "number"), ("['CCO', 'C']", "list"), ("CC>>CO", "reaction")],
+        *[("C" * 5001, "overlong"), ("N", None), ("[O][O]", None), ("[2H][2H]", None), ("[Na+].[Cl-]", None)],
+        *[("N->[Cu]", None), ("[NH3+][Pt-2]", None), (" CCO\n", None), ("*CC", None), ("[CH3][CH3]", None), ("", None)],
+    ],
+)
+def test_what_a_string_is_instead_of_a_smiles(text, cause):
+    assert oddity(text) == cause
+
+
+def test_odd_outputs_are_counted_by_cause_and_a_strict_rule_leaves_them_out():
+    odd = ["CCO and this is the answer", "CCO |$;;$|", "CCO\u200b", "[C][C][O]", "nan", "InChI=1S/CH4/h1H4", "CCO"]
+    result, per_example = score("cap2mol", [""] * 7, ["CCO"] * 7, odd, fcd=False, n_bootstrap=20)
+    found = result["metrics"]
+    assert per_example["validity"].tolist() == [1, 1, 1, 1, 0, 0, 1]  # as the reference scripts have it
+    assert per_example["exact_match"].tolist() == [1, 1, 1, 0, 0, 0, 1]
+    assert per_example["validity_strict"].tolist() == per_example["exact_match_strict"].tolist() == [0] * 6 + [1]
+    assert found["validity_strict"]["value"] == pytest.approx(1 / 7)
+    causes = ("text_after", "cxsmiles", "non_ascii", "selfies", "missing_value", "inchi")
+    assert [result["counts"][f"{cause}_prediction"] for cause in causes] == [1] * 6
+
+
+def test_dummy_atoms_of_any_spelling_never_match_exactly():
+    dummies = ["*CC", "[*]CC", "[1*]CC", "[*:1]CC", "[#0]CC"]
+    result, per_example = score("cap2mol", [""] * 5, dummies, dummies, fcd=False, n_bootstrap=20)
+    assert per_example["exact_match"].tolist() == [0] * 5 and per_example["canonical_match"].tolist() == [1] * 5
+    assert result["counts"]["dummy_atom_prediction"] == 5

@@ -11,6 +11,8 @@ from conftest import ROOT
 
 from lmolt.files import write_table
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
@@ -45,9 +47,21 @@ def run(installed, tmp_path):
 
 
 def test_every_folder_of_the_package_is_packaged():
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    packages = PROJECT["tool"]["setuptools"]["packages"]
     folders = {f"lmolt.{path.parent.name}" for path in (ROOT / "lmolt").glob("*/__init__.py")}
     assert folders | {"lmolt", "lmolt.commands", "lmolt.shipped.metrics", "lmolt.shipped.recipes"} == set(packages)
+
+
+def test_the_lock_pins_what_the_package_asks_for_and_extras_bring_no_more():
+    """requirements.txt, beside requirements-test.txt, has what [all] asks for, but for what others bring."""
+    name = lambda line: line.split(";")[0].split("=")[0].split(">")[0].strip().lower().replace("_", "-")
+    pinned = lambda file: {name(line) for line in (ROOT / file).read_text().splitlines() if "==" in line}
+    extras = {key: {name(line) for line in lines} for key, lines in PROJECT["project"]["optional-dependencies"].items()}
+    wanted = {name(line) for line in PROJECT["project"]["dependencies"]} | extras["train"] | extras["deepspeed"]
+    brought = {"huggingface-hub", "numpy", "pyarrow", "pyyaml", "tqdm"}
+    assert wanted | extras["metrics"] == pinned("requirements.txt") | brought
+    assert extras["test"] - {"lmolt[all]"} == pinned("requirements-test.txt")
+    assert not extras["metrics"] & {"deepspeed", "bitsandbytes", "pytest", "ruff"}
 
 
 def test_what_comes_with_the_package_is_found(run, installed, tmp_path):
@@ -83,4 +97,5 @@ def test_commands_run_from_anywhere(run, tiny_policy, tmp_path):
     (tmp_path / "pairs.csv").write_text("molecule,caption\nCCO,It is ethanol.\nCCN,It is ethylamine.\n")
     run("lmolt-triples", "--pairs", "pairs.csv", "--fraction", "1", *model, "--output", "triples.jsonl")
     assert len((tmp_path / "triples.jsonl").read_text().splitlines()) == 2
+    assert "--valid_only" in run("lmolt-translate", "--help")
     assert "--beta" in run("accelerate", "launch", "--quiet", "-m", "lmolt.commands.train_pref", "--help")

@@ -1,4 +1,6 @@
+import gzip
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -39,7 +41,7 @@ def test_a_quote_is_data_in_tsv_and_quoting_in_csv(tmp_path):
     (tmp_path / "t.tsv").write_text('SMILES\tdescription\nCCO\t"Half a quote\u2028and on\n')
     assert read_pairs(tmp_path / "t.tsv")[0]["caption"] == '"Half a quote\u2028and on'
     (tmp_path / "t.csv").write_text('SMILES,description\nCCO,"One, ""two""\nlines"\n')
-    assert read_pairs(tmp_path / "t.csv") == [{"id": "1", "molecule": "CCO", "caption": 'One, "two"\nlines'}]
+    assert read_pairs(tmp_path / "t.csv") == [{"id": "row 1", "molecule": "CCO", "caption": 'One, "two"\nlines'}]
 
 
 def test_chebi20_columns_byte_order_mark_and_doubled_backslashes(tmp_path):
@@ -56,7 +58,7 @@ def test_chebi20_columns_byte_order_mark_and_doubled_backslashes(tmp_path):
     ("name", "content", "message"),
     [
         ("t.csv", "smile,caption\nC,gas\n", "no column 'molecule' or 'SMILES'; it has smile, caption"),
-        ("t.csv", "molecule,caption\nC,gas\nCC, \n", "row 2: 'caption' is ' '"),
+        ("t.csv", "molecule,caption\nC,gas\nCC, \n", "row 2: 'caption' is empty"),
         ("t.tsv", "molecule\tcaption\nC\tgas\nCC\n", "row 2: 1 cells but the header has 2"),
         ("t.tsv", "molecule\tcaption\n\nC\tgas\n", "row 1 is blank; remove the line"),
         ("t.csv", "molecule,caption\nC,gas\n\nC,gas\n", "row 2 is blank; remove the line"),
@@ -65,7 +67,7 @@ def test_chebi20_columns_byte_order_mark_and_doubled_backslashes(tmp_path):
         ("t.csv", "a,a\n1,2\n", "column 'a' appears twice"),
         ("t.jsonl", '{"molecule": "C", "caption": "gas"}\n{"molecule"\n', "row 2: .* is not JSON"),
         ("t.jsonl", '{"molecule": "C", "caption": null}\n', "row 1: 'caption' is empty"),
-        ("t.jsonl", '{"molecule": "C", "caption": NaN}\n', "row 1: 'caption' is nan"),
+        ("t.jsonl", '{"molecule": "C", "caption": NaN}\n', "row 1: 'caption' is empty"),
         ("t.jsonl", "[1]\n", "row 1: .* is not a JSON object"),
         ("t.csv", b"molecule,caption\nC,gas\nCC,caf\xe9\n", "line 3: byte 0xe9 is not UTF-8"),
         ("t.csv", "", "the file is empty"),
@@ -93,7 +95,7 @@ def test_a_bad_file_is_named_with_row_value_and_remedy(tmp_path, name, content, 
 )
 def test_blank_lines_at_the_end_and_none_at_all(tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode())
-    assert read_pairs(tmp_path / name) == [{"id": "1", "molecule": "C", "caption": "gas"}]
+    assert read_pairs(tmp_path / name) == [{"id": "row 1", "molecule": "C", "caption": "gas"}]
     (tmp_path / "one.csv").write_text('prediction\ngas\n""\n')  # a cell, though an empty one
     assert read_table(tmp_path / "one.csv") == [{"prediction": "gas"}, {"prediction": ""}]
 
@@ -147,7 +149,7 @@ def test_a_folder_of_chebi20_files(tmp_path):
         read_pairs(tmp_path)
     with pytest.raises(ValueError, match=r"validation.txt row 1: 'description' is empty; .* --invalid_pairs drop"):
         read_pairs(tmp_path, "validation")
-    with pytest.raises(ValueError, match="each of its 1 rows has an empty molecule or caption"):
+    with pytest.raises(ValueError, match="none of its 1 rows is left: {'empty caption dropped': 1}"):
         read_pairs(tmp_path, "validation", invalid="drop")
     with (tmp_path / "validation.txt").open("a") as file:
         file.write("10\tCO\tAn alcohol.\n")
@@ -206,3 +208,55 @@ def test_chebi20_as_published():
     assert counts == {"doubled backslashes made single": 502}
     cleaned, counts = clean(pairs)
     assert len(cleaned) == 3301 and not counts
+
+
+@pytest.mark.parametrize(
+    ("molecule", "caption", "message"),
+    [
+        ("CCO ethanol", "an alcohol", "'molecule' is a SMILES with text after it ('CCO ethanol'); cut it"),
+        ("CCN |$;;R1$|", "a", r"a SMILES with extensions \(CXSMILES\)"),
+        ("CCO\u200b", "a", "outside ASCII"),
+        ("[C][C][O]", "a", "'molecule' is SELFIES"),
+        ("InChI=1S/CH4/h1H4", "a", "'molecule' is an InChI"),
+        ("nan", "a", "a missing value spelled out"),
+        (5, "a", "'molecule' is no text"),
+        (["C", "CC"], "a", "'molecule' is a list"),
+        ("C", "nan", "'caption' is a missing value spelled out"),
+        ("C", "N/A", "'caption' is a missing value spelled out"),
+        ("C", 4.0, "'caption' is no text"),
+        ("C", "4.0", "'caption' is a number"),
+        ("C", ["a", "b"], "'caption' is a list .*; write a row for each of its values"),
+        ("C", None, "'caption' is empty"),
+    ],
+)
+def test_what_is_no_molecule_and_no_caption_is_refused_or_counted_by_cause(tmp_path, molecule, caption, message):
+    rows = [{"molecule": "CC", "caption": "a gas"}, {"molecule": molecule, "caption": caption}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = message if "\\" in message or ".*" in message else re.escape(message)
+    with pytest.raises(ValueError, match=f"p.jsonl row 2: .*{message}.*--invalid_pairs drop"):
+        read_pairs(tmp_path / "p.jsonl")
+    counts = Counter()
+    assert [pair["molecule"] for pair in read_pairs(tmp_path / "p.jsonl", None, counts, invalid="drop")] == ["CC"]
+    assert sum(counts.values()) == 1 and "dropped" in next(iter(counts))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig", "utf-32"])
+def test_spreadsheets_encodings_separators_and_gzip(tmp_path, encoding):
+    text = "id;molecule;caption\n7;CCO;β, an alcohol\n"
+    data = ("\ufeff" * (encoding == "utf-16-be") + text).encode(encoding)
+    (tmp_path / "p.csv").write_bytes(data)
+    (tmp_path / "p.csv.gz").write_bytes(gzip.compress(data))
+    for name in ("p.csv", "p.csv.gz"):
+        assert read_pairs(tmp_path / name) == [{"id": "7", "molecule": "CCO", "caption": "β, an alcohol"}]
+    (tmp_path / "p.csv.gz").write_bytes(gzip.compress(data)[:-9])
+    with pytest.raises(ValueError, match="p.csv.gz: not a whole gzip file"):
+        read_pairs(tmp_path / "p.csv.gz")
+
+
+def test_molecules_that_rdkit_does_not_finish_and_dummies_are_counted():
+    pairs = [{"id": str(i), "molecule": m, "caption": "a"} for i, m in enumerate(["C" * 6000, "*CC", "C", "CC("])]
+    kept, counts = clean(pairs, invalid="drop")
+    assert [pair["id"] for pair in kept] == ["1", "2"]
+    assert counts == {"unparsable SMILES dropped": 2, "molecule with a dummy atom kept": 1}
+    with pytest.raises(ValueError, match=r"none of its 1 pairs is left: \{'unparsable SMILES dropped': 1\}"):
+        clean(pairs[-1:], invalid="drop")

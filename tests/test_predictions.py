@@ -1,11 +1,14 @@
 """Files of outputs: the reference scripts' tables, our own, one output a line; and what is wrong with bad ones."""
 
 import csv
+import gzip
+import json
 from pathlib import Path
 
 import pytest
 
-from lmolt.data.predictions import digest, read_predictions, rows_of_pairs
+from lmolt.data.pairs import read_pairs
+from lmolt.data.predictions import digest, read_candidates, read_predictions, rows_of_pairs
 from lmolt.files import write_table
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "lpm24"
@@ -73,11 +76,11 @@ def test_other_encodings(tmp_path, encoding):
         ("o.tsv", "a\tb\n1\t2\n", "cap2mol", r"line 1: no column 'description' in the header 'a / b'; begin with"),
         ("o.tsv", HEADER + "x\tC\tC\nbroken half\n", "cap2mol", r"line 3: 'broken half' has no ground truth \(1 of 3"),
         ("o.tsv", HEADER + "x\t\tC\n", "cap2mol", r"line 2.*no ground truth"),
-        ("o.tsv", HEADER.encode() + b"x\xff\tC\tC\n", "cap2mol", r"line 2: byte 0xff is not utf-8.*--encoding"),
+        ("o.tsv", HEADER.encode() + b"x\xff\tC\tC\n", "cap2mol", r"line 2: byte 0xff is not UTF-8.*--encoding"),
         ("o.tsv", HEADER, "cap2mol", "no cap2mol row"),
         ("o.tsv", "output\t" + HEADER + "C\tx\tC\tC\n", "cap2mol", "line 1: two columns are called 'output'"),
         ("o.tsv", "", "cap2mol", "the file is empty"),
-        ("o.jsonl", '{"source": "a", "reference": "b"}\n', "mol2cap", r"row 1: no column 'direction'"),
+        ("o.jsonl", '{"source": "a", "reference": "b"}\n', "mol2cap", r"row 1: no column 'prediction' \(or 'output'\)"),
         (
             "o.jsonl",
             '{"direction": "up", "source": "a", "reference": "b", "prediction": "c"}\n',
@@ -135,3 +138,70 @@ def test_a_tables_own_references_count_and_not_the_pairs(tmp_path):
 def test_a_missing_file():
     with pytest.raises(FileNotFoundError, match="nowhere.tsv: no such file"):
         read_predictions("nowhere.tsv", "cap2mol")
+
+
+def test_outputs_find_their_pairs_by_id_in_both_readers(tmp_path):
+    text = '{"id": "b", "prediction": "C"}\n{"id": "a", "prediction": null}\n{"id": "z", "prediction": "N"}\n'
+    path = write(tmp_path / "o.jsonl", text)
+    rows, counts = read_predictions(path, "cap2mol", PAIRS)
+    assert [(row["id"], row["reference"], row["prediction"]) for row in rows] == [("a", "CCO", ""), ("b", "C", "C")]
+    assert counts == {"unknown_id": 1, "missing_output": 1, "missing_candidate": 1, "empty_prediction": 1}
+    assert read_candidates(path, "cap2mol", PAIRS)[0] == [[], ["C"]]
+    for data in (text.encode("utf-16"), gzip.compress(text.encode())):
+        assert read_candidates(write(tmp_path / "o.jsonl", data), "cap2mol", PAIRS)[0] == [[], ["C"]]
+    table = "id;output\na;CCO\nb;C\n"
+    assert read_candidates(write(tmp_path / "o.csv", table), "cap2mol", PAIRS)[0] == [["CCO"], ["C"]]
+    assert read_predictions(tmp_path / "o.csv", "cap2mol", PAIRS)[0][1]["prediction"] == "C"
+
+
+def test_ids_are_never_implied(tmp_path):
+    path = write(tmp_path / "o.csv", "id,prediction\n0,one\n1,two\n")
+    (tmp_path / "p.csv").write_text("molecule,caption\nCCO,ethanol\nC,methane\n")
+    pairs = read_pairs(tmp_path / "p.csv")
+    for read in (read_predictions, read_candidates):
+        with pytest.raises(ValueError, match=r"none of its 2 ids \(such as '0'\).*the pairs have no ids of their own"):
+            read(path, "mol2cap", pairs)
+        with pytest.raises(ValueError, match="row 1: no id"):
+            read(write(tmp_path / "q.jsonl", '{"output": "one"}\n'), "mol2cap", PAIRS)
+        other = write(tmp_path / "s.jsonl", '{"id": "a", "source": "CC", "prediction": "x"}\n')
+        with pytest.raises(ValueError, match="row 1: id 'a' has the source 'CC' here, and 'CCO' among the pairs"):
+            read(other, "mol2cap", PAIRS)
+
+
+def test_several_outputs_are_candidates_and_no_prediction(tmp_path):
+    lists = write(tmp_path / "l.jsonl", '{"id": "a", "prediction": ["C", "CC"]}\n{"id": "b", "prediction": ["N"]}\n')
+    rows = write(tmp_path / "r.jsonl", '{"id": "a", "output": "C"}\n{"id": "a", "output": "CC"}\n')
+    assert read_candidates(lists, "cap2mol", PAIRS)[0] == [["C", "CC"], ["N"]]
+    assert read_candidates(rows, "cap2mol", PAIRS)[0] == [["C", "CC"], []]
+    with pytest.raises(ValueError, match="l.jsonl row 1: 2 outputs; one is scored"):
+        read_predictions(lists, "cap2mol", PAIRS)
+    with pytest.raises(ValueError, match="2 rows have the id 'a'; one output a pair is scored"):
+        read_predictions(rows, "cap2mol", PAIRS)
+
+
+@pytest.mark.parametrize("value", [5, 1.5, True, {"a": 1}, [3]])
+def test_an_output_that_is_no_text_is_an_error_in_both_readers(tmp_path, value):
+    row = {"id": "a", "source": "ethanol", "reference": "CCO", "prediction": value}
+    path = write(tmp_path / "o.jsonl", json.dumps(row) + "\n")
+    for read in (read_predictions, read_candidates):
+        with pytest.raises(ValueError, match="o.jsonl row 1: 'prediction' is .*, no text"):
+            read(path, "cap2mol", PAIRS)
+
+
+def test_the_direction_of_the_command_line_is_that_of_a_table_without_one(tmp_path):
+    path = write(tmp_path / "o.jsonl", '{"source": "a", "reference": "C", "prediction": "C"}\n')
+    rows, counts = read_predictions(path, "cap2mol")
+    assert rows == [{"id": "0", "direction": "cap2mol", "source": "a", "reference": "C", "prediction": "C"}]
+    assert not counts
+
+
+def test_without_references(tmp_path):
+    path = write(tmp_path / "o.txt", "CCO\n\n")
+    rows, counts = read_predictions(path, "cap2mol", references=False)
+    assert [(row["id"], row["source"], row["reference"], row["prediction"]) for row in rows] == [
+        ("row 1", "", None, "CCO"),
+        ("row 2", "", None, ""),
+    ]
+    assert counts == {"empty_prediction": 1}
+    with pytest.raises(ValueError, match="without references: --no_references"):
+        read_predictions(path, "cap2mol")

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from lmolt.models.attention import TREE
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {
     "vocab_size": 300,
     "hidden_size": 64,
@@ -43,7 +44,7 @@ def make_model(name: str, kind: str, attention: str):
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
     if kind == "lora, checkpointing":
         model.gradient_checkpointing_enable()
-    return model.train()
+    return model.to(DEVICE).train()
 
 
 @pytest.mark.parametrize("attention", [TREE, "sdpa"])
@@ -51,11 +52,11 @@ def make_model(name: str, kind: str, attention: str):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tree_equals_padded_rows(name, kind, attention):
     sequences, model = make_sequences(), make_model(name, kind, attention)
-    weights = torch.linspace(-1, 1, len(sequences))
-    logps, gradients = {}, {}
+    weights = torch.linspace(-1, 1, len(sequences), device=DEVICE)
+    packed, logps, gradients = build_tree(sequences).to(DEVICE), {}, {}
     for form in ("tree", "padded"):
         model.zero_grad()
-        logps[form] = tree_logps(model, build_tree(sequences), 64) if form == "tree" else padded_logps(model, sequences)
+        logps[form] = tree_logps(model, packed, 64) if form == "tree" else padded_logps(model, sequences)
         (logps[form] * weights).sum().backward()
         gradients[form] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     assert (logps["tree"] - logps["padded"]).abs().max() < 1e-4
@@ -71,6 +72,6 @@ def test_a_head_of_a_derived_class_has_no_logits_either():
     head.__class__ = type("FSDPLinear", (torch.nn.Linear,), {})
     shapes = []
     head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
-    tree = build_tree(make_sequences())
+    tree = build_tree(make_sequences()).to(DEVICE)
     tree_logps(model, tree)
     assert shapes == [(1, len(tree.targets), 1)]

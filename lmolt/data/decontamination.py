@@ -8,7 +8,8 @@ from collections import Counter
 
 from rdkit import Chem
 
-from lmolt.metrics.molecule import in_processes, parse
+from lmolt.metrics.smiles import parse
+from lmolt.metrics.workers import Unfinished, in_processes
 
 
 def _keys(smiles: str) -> tuple[str, str]:
@@ -38,8 +39,11 @@ def screen(
     """
     distinct = list(dict.fromkeys(pair["molecule"] for pair in (*pairs, *excluded)))
     keys = dict(zip(distinct, in_processes(_keys, distinct, num_workers), strict=True))
+    unfinished = {smiles: (smiles, smiles) for smiles in distinct if isinstance(keys[smiles], Unfinished)}
+    keys |= unfinished  # compared as strings
     known = Counter(keys[pair["molecule"]] for pair in excluded)
     counts = Counter({"excluded pairs that don't parse": known.pop(("", ""), 0)})
+    counts["molecules compared as text, RDKit not finishing their InChI"] = len(unfinished)
     known, skeletons = map(set, zip(*known, strict=True)) if known else (set(), set())
     seen, kept = set(), []
     fate = lambda dropped: "dropped" if dropped else "kept"

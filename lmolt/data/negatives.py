@@ -9,18 +9,17 @@ molecules of the same canonical SMILES or InChI. Of the wrong ones the hardest i
     hallucinated   most functional groups that the pair's molecule lacks, then the closest
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from rdkit import Chem, DataStructs
 from rdkit.Chem import rdFingerprintGenerator, rdMolDescriptors
 
-from lmolt.files import read_table, read_text
 from lmolt.metrics.hallucination import chrf, groups_claimed, groups_present
-from lmolt.metrics.molecule import in_processes, parse
+from lmolt.metrics.smiles import ODDITIES, oddity, parse
+from lmolt.metrics.workers import Unfinished, in_processes
 from lmolt.prompts import CAP2MOL, COLUMNS, MOL2CAP
 
 SIMILARITIES = {MOL2CAP: "Chr-F", CAP2MOL: "Morgan Tanimoto"}
@@ -29,22 +28,27 @@ _MORGAN = rdFingerprintGenerator.GetMorganGenerator(radius=2)
 
 
 class Judgement(NamedTuple):
-    valid: bool  # a molecule; captions all are
+    valid: bool  # a molecule and nothing else; captions all are
     right: bool  # says what the preferred output says
     similarity: float  # to the preferred output, 0 to 1; NaN where not valid
+    odd: str = ""  # what it is instead of a SMILES (smiles.ODDITIES), or that RDKit did not finish it
 
 
 def judge(direction: str, comparisons: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Judgement]:
     """A judgement of each distinct (preferred output, output)."""
     distinct = list(dict.fromkeys(comparisons))
     if direction == CAP2MOL:
-        return dict(zip(distinct, in_processes(_judge_molecule, distinct), strict=True))
+        found = in_processes(_judge_molecule, distinct)
+        unfinished = Judgement(False, False, float("nan"), "what RDKit does not finish")
+        return {p: unfinished if isinstance(f, Unfinished) else f for p, f in zip(distinct, found, strict=True)}
     scores = chrf([a for a, _ in distinct], [b for _, b in distinct])
     same = [a.casefold().split() == b.casefold().split() for a, b in distinct]
     return {pair: Judgement(True, *found) for pair, *found in zip(distinct, same, scores.tolist(), strict=True)}
 
 
 def _judge_molecule(comparison: tuple[str, str]) -> Judgement:
+    if cause := oddity(comparison[1]):  # text after a molecule makes it none
+        return Judgement(False, False, float("nan"), ODDITIES[cause][0])
     preferred, output = map(parse, comparison)
     if output is None:
         return Judgement(False, False, float("nan"))
@@ -56,43 +60,13 @@ def _judge_molecule(comparison: tuple[str, str]) -> Judgement:
     return Judgement(True, right, DataStructs.TanimotoSimilarity(*counts))
 
 
-def read_outputs(path: Path, direction: str, pairs: list[dict]) -> list[list[str]]:
-    """Each pair's outputs in a file: a .txt with one a line in the pairs' order, or a table with `id` and `prediction`
-    (or `output`), where an id that occurs several times has several candidates, and one that doesn't has none."""
-    if path.suffix == ".txt":
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file of outputs")
-        lines = read_text(path).split("\n")
-        lines = lines[:-1] if lines[-1] == "" else lines
-        if len(lines) != len(pairs):
-            raise ValueError(f"{path} has {len(lines)} lines for {len(pairs)} pairs; one output a line, in their order")
-        return [[line] for line in lines]
-    rows = [row for row in read_table(path) if row.get("direction", direction) == direction]
-    column = next((name for name in ("prediction", "output") if rows and name in rows[0]), None)
-    if column is None or "id" not in rows[0]:
-        found = ", ".join(rows[0]) if rows else f"no {direction} row"
-        raise ValueError(f"{path}: needs columns id and prediction (or output), found {found}")
-    repeated, n = Counter(pair["id"] for pair in pairs).most_common(1)[0]
-    if n > 1:
-        raise ValueError(
-            f"{path}: its outputs are of ids, but {n} pairs have the id {repeated!r}; give each pair its own"
-        )
-    outputs = defaultdict(list)
-    for row in rows:
-        outputs[str(row["id"])].append(row[column] or "")
-    if not any(pair["id"] in outputs for pair in pairs):
-        raise ValueError(
-            f"{path}: none of its ids (such as {rows[0]['id']!r}) is a pair's (such as {pairs[0]['id']!r})"
-        )
-    return [outputs[pair["id"]] for pair in pairs]
-
-
 def invented_groups(direction: str, pairs: list[dict], outputs: list[list[str]]) -> list[list[int]]:
     """How many functional groups each output claims (a caption) or has (a molecule) that the pair's molecule lacks."""
     molecules = [pair["molecule"] for pair in pairs]
     texts = [output for its in outputs for output in its] if direction == CAP2MOL else []
     distinct = list(dict.fromkeys([*molecules, *texts]))
-    present = dict(zip(distinct, in_processes(groups_present, distinct), strict=True))
+    found = zip(distinct, in_processes(groups_present, distinct), strict=True)
+    present = {text: its if isinstance(its, list) else None for text, its in found}
     said = present.__getitem__ if direction == CAP2MOL else groups_claimed
     invented = lambda output, own: sum(a and not b for a, b in zip(said(output) or [], own or [], strict=False))
     return [[invented(o, present[m]) for o in its] for m, its in zip(molecules, outputs, strict=True)]
@@ -132,8 +106,10 @@ def triples_of(
             elif (judged := judgements[pair[target], output]).right:
                 found["output equal to the preferred one"] += 1
             elif drop_invalid and not judged.valid:
+                found[f"output that is {judged.odd}"] += bool(judged.odd)
                 found["invalid SMILES dropped"] += 1
             else:
+                found[f"output that is {judged.odd}"] += bool(judged.odd)
                 wrong[output] = judged
         if not wrong:
             found["pairs without a wrong output"] += 1

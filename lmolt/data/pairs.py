@@ -7,7 +7,12 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from lmolt.files import SUFFIXES, read_table
+from rdkit import Chem
+
+from lmolt.files import SUFFIXES, read_table, table_suffix
+from lmolt.metrics.molecule import Features, features
+from lmolt.metrics.smiles import ODDITIES, has_dummy, oddity, parse
+from lmolt.metrics.workers import Unfinished, in_processes
 
 DEMO = Path("runs/demo")  # in the working directory; lmolt.demo.build makes it
 NAMES = {"molecule": ("molecule", "SMILES"), "caption": ("caption", "description"), "id": ("id", "CID")}
@@ -41,12 +46,12 @@ def read_pairs(
     """Pairs of `spec`: "demo", a name in `CORPORA`, a table, a folder of tables named by split (ChEBI-20's train.txt,
     validation.txt, test.txt), or a data set of the Hub (or what else `datasets.load_dataset` takes).
 
-    Columns `molecule` (or `SMILES`) and `caption` (or `description`); `id` (or `CID`), else the row's number. `split`
-    selects by the table's `split` column, or names the file or the Hub's split; `default_split` stands in for it where
-    there is such a split; with neither, a table's pairs are all taken. Backslashes that ChEBI-20's files double are
-    made single. Rows with an empty molecule or caption are a `ValueError`, or left out where `invalid` is "drop". All
-    this is counted in `counts`. `seed` samples a corpus whose test set is a sample. `ValueError`/`FileNotFoundError`
-    with file, row, value and remedy.
+    Columns `molecule` (or `SMILES`) and `caption` (or `description`); `id` (or `CID`), else "row N", counted from 1.
+    `split` selects by the table's `split` column, or names the file or the Hub's split; `default_split` stands in for
+    it where there is such a split; with neither, a table's pairs are all taken. Backslashes that ChEBI-20's files
+    double are made single. Rows with an empty molecule or caption, or one that is none (`smiles.ODDITIES`), are a
+    `ValueError`, or left out where `invalid` is "drop". All this is counted in `counts`. `seed` samples a corpus whose
+    test set is a sample. `ValueError`/`FileNotFoundError` with file, row, value and remedy.
     """
     spec, counts = str(spec), Counter() if counts is None else counts
     if spec == "demo":
@@ -60,11 +65,13 @@ def read_pairs(
         name, its_split, size = splits[split]
         pairs = _as_pairs(_load_dataset(name, its_split, None), f"{name} ({its_split})", counts, invalid)
         return pairs if size is None else _sampled_molecules(pairs, size, seed, counts)
-    if Path(spec).is_file() or Path(spec).suffix in SUFFIXES:
+    if Path(spec).is_file() or table_suffix(spec) in SUFFIXES:
         pairs = _as_pairs(read_table(spec), spec, counts, invalid)
         return _of_split(pairs, split, default_split, spec)
     if Path(spec).is_dir():
-        files = {path.stem: path for path in sorted(Path(spec).iterdir()) if path.suffix in SUFFIXES}
+        files = {
+            path.name.partition(".")[0]: path for path in sorted(Path(spec).iterdir()) if table_suffix(path) in SUFFIXES
+        }
         if files := {name: files[name] for name in ("train", "validation", "test") if name in files}:
             if (split or default_split) not in files:
                 raise ValueError(f"{spec!r} has the splits {', '.join(files)}; choose one with --split")
@@ -128,60 +135,91 @@ def _as_pairs(rows: list[dict], where: str, counts: Counter, invalid: str) -> li
             )
     pairs = []
     for number, row in enumerate(rows, 1):
-        values = {key: row.get(found[key]) for key in ("molecule", "caption")}
-        if empty := [key for key, value in values.items() if not isinstance(value, str) or not value.strip()]:
-            if invalid == "error":
-                value = values[empty[0]]
-                raise ValueError(
-                    f"{where} row {number}: {found[empty[0]]!r} is {'empty' if value in (None, '') else repr(value)}; "
-                    "fill it in, remove the row, or leave such rows out with --invalid_pairs drop"
-                )
-            counts[f"empty {empty[0]} dropped"] += 1
-            continue
-        molecule = row[found["molecule"]].strip()
-        if "\\\\" in molecule:  # never valid SMILES: two bonds in a row
-            counts["doubled backslashes made single"] += 1
-            molecule = molecule.replace("\\\\", "\\")
-        pair = {
-            "id": str(number if found["id"] is None or row.get(found["id"]) is None else row[found["id"]]),
-            "molecule": molecule,
-            "caption": row[found["caption"]].strip(),
-        }
-        if row.get("split") is not None:
-            pair["split"] = str(row["split"])
-        pairs.append(pair)
+        values = {}
+        for key in ("molecule", "caption"):
+            value = row.get(found[key])
+            values[key] = value = value.strip() if isinstance(value, str) else value
+            if key == "molecule" and isinstance(value, str) and "\\\\" in value:
+                values[key] = value = value.replace("\\\\", "\\")  # two bonds in a row are never valid SMILES
+                counts["doubled backslashes made single"] += 1
+            if cause := _not_a(key, value):
+                what, remedy = cause
+                if invalid == "error":
+                    shown = "" if value in (None, "") else f" ({str(value)[:100]!r})"
+                    raise ValueError(
+                        f"{where} row {number}: {found[key]!r} is {what}{shown}; {remedy}, or leave such rows out with "
+                        "--invalid_pairs drop"
+                    )
+                counts[f"empty {key} dropped" if what == "empty" else f"{key} that is {what} dropped"] += 1
+                break
+        else:
+            # Not its number alone: outputs that have ids of their own would find the wrong row.
+            own = None if found["id"] is None else row.get(found["id"])
+            pair = {"id": f"row {number}" if own is None else str(own), **values}
+            if row.get("split") is not None:
+                pair["split"] = str(row["split"])
+            pairs.append(pair)
     if not pairs:
-        raise ValueError(f"{where}: each of its {len(rows)} rows has an empty molecule or caption")
+        raise ValueError(f"{where}: none of its {len(rows)} rows is left: {dict(counts)}")
     return pairs
+
+
+def _not_a(key: str, value) -> tuple[str, str] | None:
+    """What a value is that is neither a molecule nor a caption, and what to do; None where it may be one."""
+    if isinstance(value, (list, tuple, dict)):
+        return "a list", "write a row for each of its values"
+    if value is None or value == "" or value != value:
+        return "empty", "fill it in, remove the row"
+    if not isinstance(value, str):
+        return "no text", f"name the column that holds the {key}s"
+    cause = oddity(value)
+    if key == "molecule" or cause in ("missing_value", "number", "list"):
+        return ODDITIES.get(cause)
+    return None
 
 
 def clean(
     pairs: list[dict], *, canonicalise: bool = False, invalid: str = "error", where: str = "pairs"
 ) -> tuple[list[dict], Counter]:
-    """Pairs whose molecule RDKit parses, and how many were changed or dropped, by cause.
+    """Pairs whose molecule RDKit reads, and how many were changed or dropped, by cause.
 
     `canonicalise` writes RDKit's canonical SMILES; `invalid` is "error" (`ValueError` with id and SMILES) or "drop".
-    What else can be wrong with pairs is found by lmolt/data/decontamination.py.
+    What else can be wrong with pairs is found by lmolt/data/decontamination.py. `ValueError` where none is left.
     """
-    from rdkit import Chem, rdBase
-
+    distinct = list(dict.fromkeys(pair["molecule"] for pair in pairs))
+    of = dict(zip(distinct, in_processes(_canonical_and_dummy if canonicalise else _dummy, distinct), strict=True))
     kept, counts = [], Counter()
-    with rdBase.BlockLogs():
-        for pair in pairs:
-            molecule = Chem.MolFromSmiles(pair["molecule"])
-            if molecule is None or molecule.GetNumAtoms() == 0:
-                if invalid == "error":
-                    raise ValueError(
-                        f"{where}: the molecule of pair {pair['id']!r}, {pair['molecule'][:200]!r}, does not parse; "
-                        "correct it, remove the pair, or leave such pairs out with --invalid_pairs drop"
-                    )
-                counts["unparsable SMILES dropped"] += 1
-                continue
-            if canonicalise and (canonical := Chem.MolToSmiles(molecule)) != pair["molecule"]:
-                counts["SMILES made canonical"] += 1
-                pair = pair | {"molecule": canonical}
-            kept.append(pair)
-    return kept, counts
+    for pair in pairs:
+        found = of[pair["molecule"]]
+        if found is None or isinstance(found, Unfinished):
+            if invalid == "error":
+                raise ValueError(
+                    f"{where}: the molecule of pair {pair['id']!r}, {pair['molecule'][:200]!r}, "
+                    f"{'does not parse' if found is None else f'can not be read: {found}'}; correct it, remove the "
+                    "pair, or leave such pairs out with --invalid_pairs drop"
+                )
+            counts["unparsable SMILES dropped" if found is None else "SMILES that RDKit doesn't finish dropped"] += 1
+            continue
+        smiles, dummy = found if canonicalise else (pair["molecule"], found)
+        counts["molecule with a dummy atom kept"] += dummy
+        if smiles != pair["molecule"]:
+            counts["SMILES made canonical"] += 1
+            pair = pair | {"molecule": smiles}
+        kept.append(pair)
+    if not kept:
+        raise ValueError(f"{where}: none of its {len(pairs)} pairs is left: {dict(counts)}")
+    return kept, +counts
+
+
+def _dummy(smiles: str) -> bool | None:
+    """Whether the molecule has a dummy atom; None where it is none."""
+    molecule = parse(smiles)
+    return molecule and has_dummy(molecule)
+
+
+def _canonical_and_dummy(smiles: str) -> tuple[str, bool] | None:
+    molecule = parse(smiles)
+    return molecule and (Chem.MolToSmiles(molecule), has_dummy(molecule))
 
 
 def sample(pairs: list[dict], fraction: float, seed: int) -> list[dict]:
@@ -199,20 +237,14 @@ def scaffold_split(pairs: list[dict], fractions: list[float], seed: int = 0) -> 
     smaller parts hold the rarer scaffolds. All acyclic molecules share one (empty) scaffold.
     `ValueError` where fractions don't sum to 1 or a SMILES does not parse.
     """
-    from rdkit import Chem, rdBase
-    from rdkit.Chem.Scaffolds import MurckoScaffold
-
     if abs(sum(fractions) - 1) > 1e-9 or min(fractions) <= 0:
         raise ValueError(f"fractions must be positive and sum to 1, got {list(fractions)}")
     groups: dict[str, list[int]] = {}
-    with rdBase.BlockLogs():
-        for i, pair in enumerate(pairs):
-            molecule = Chem.MolFromSmiles(pair["molecule"])
-            if molecule is None:
-                raise ValueError(
-                    f"pair {pair['id']!r}: {pair['molecule'][:200]!r} does not parse; clean the pairs first"
-                )
-            groups.setdefault(MurckoScaffold.MurckoScaffoldSmiles(mol=molecule), []).append(i)
+    for i, found in enumerate(in_processes(features, [pair["molecule"] for pair in pairs])):
+        if not isinstance(found, Features):
+            why = found or "does not parse"
+            raise ValueError(f"pair {pairs[i]['id']!r}: {pairs[i]['molecule'][:200]!r}: {why}; clean the pairs first")
+        groups.setdefault(found.scaffold, []).append(i)
     scaffolds = sorted(groups)
     random.Random(seed).shuffle(scaffolds)
     scaffolds.sort(key=lambda scaffold: -len(groups[scaffold]))

@@ -1,15 +1,22 @@
-"""Files of a system's outputs: the reference scripts' tables, LMolT's own, or one output a line.
+"""Files of a system's outputs, read in one way for scoring and for triples.
 
-A prediction row is `{"id", "direction", "source", "reference", "prediction"}`, all of them strings.
+A prediction row is `{"id", "direction", "source", "reference", "prediction"}`, all of them strings; `reference` is None
+where there is none. A file is one of
+    a table: .parquet, .jsonl, .csv or .tsv (also .gz) with `prediction` (or `output`), and either `source` and
+        `reference`, or `id`, by which its outputs find their pairs; `direction` where it holds both
+    a reference script's table: tab-separated text whose header has `ground truth` and `output`
+    one output a line, in the order of the pairs
 """
 
-import codecs
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
-from lmolt.files import read_table
+from lmolt.files import read_table, read_text, table_suffix
+from lmolt.metrics.molecule import Features, features
+from lmolt.metrics.workers import in_processes
 from lmolt.prompts import CAP2MOL, COLUMNS, DIRECTIONS, MOL2CAP
 
 # Headers of MolT5's and L+M-24's scorers; they read tab-separated text without any quoting.
@@ -17,6 +24,16 @@ HEADERS = {
     MOL2CAP: ("SMILES", "ground truth", "output"),
     CAP2MOL: ("description", "ground truth", "output"),
 }
+
+
+class _Record(NamedTuple):
+    """A row of a table: its place for messages, and its outputs, none where the cell is empty."""
+
+    place: str
+    id: str | None
+    source: str | None
+    reference: str | None
+    outputs: list[str]
 
 
 def rows_of_pairs(pairs: list[dict], direction: str) -> list[dict]:
@@ -31,39 +48,79 @@ def digest(rows: list[dict], columns: tuple[str, ...] = ("direction", "source", 
 
 
 def read_predictions(
-    path: str | Path, direction: str, pairs: list[dict] | None = None, encoding: str = "utf-8"
+    path: str | Path,
+    direction: str,
+    pairs: list[dict] | None = None,
+    encoding: str = "utf-8",
+    *,
+    references: bool = True,
 ) -> tuple[list[dict], Counter]:
-    """Prediction rows of one direction, and what was odd about the file, counted by cause.
+    """Prediction rows of one direction, one output each, and what was odd about the file, counted by cause.
 
-    `path` is a reference script's table (told by its header), `.parquet`/`.jsonl` with LMolT's columns, or, beside
-    `pairs`, a file with one output a line. A table's references count, whatever `pairs` has. A missing output is an
-    empty prediction, since the system failed; a missing reference is a `ValueError`, since the data did. `ValueError`
-    also on a wrong header, a row count that differs from `pairs`, and bytes that are not `encoding`;
-    `FileNotFoundError` where there is no file.
+    A table's own references count, whatever `pairs` has; one with ids finds its sources and references in `pairs`.
+    Without `references` none is wanted, and none is in the rows. A missing output is an empty prediction, since the
+    system failed; a missing reference is a `ValueError`, since the data did. `ValueError` also on several outputs of
+    one row, on outputs that are no text, on ids that are no pair's, on a row count that differs from `pairs`, and on
+    bytes that are not `encoding`; `FileNotFoundError` where there is no file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file of predictions")
-    beside = False
-    if path.suffix in (".parquet", ".jsonl"):
-        rows, counts = _from_table(path, direction)
+    path, counts = Path(path), Counter()
+    kind, content = _content(path, direction, encoding, pairs is not None or not references)
+    if kind == "lines":
+        lines = _of_lines(path, content, direction, counts, None if pairs is None else len(pairs))
+        asked = _unnamed(len(lines), direction) if pairs is None else rows_of_pairs(pairs, direction)
+        rows = [row | {"prediction": output} for row, output in zip(asked, lines, strict=True)]
+    elif kind == "reference table":
+        rows = _from_reference_tsv(path, *content, direction, counts)
     else:
-        text = _decode(path, encoding)
-        if not text:
-            raise ValueError(f"{path}: the file is empty")
-        # A table's lines end where Python's text mode ends them, as for its scripts: not at U+2028 or a form feed.
-        header, *lines = _lines(text.replace("\r\n", "\n").replace("\r", "\n"))
-        header = header.split("\t")
-        beside = pairs is not None and "ground truth" not in header
-        if beside:
-            rows, counts = _beside_pairs(path, _lines(text), pairs, direction)
+        records = _records(path, content, direction)
+        for record in records:
+            if len(record.outputs) > 1:
+                raise ValueError(
+                    f"{path} {record.place}: {len(record.outputs)} outputs; one is scored: choose one a row, or give "
+                    "the file to make_triples.py, which takes candidates"
+                )
+        if references and all(record.source is not None and record.reference is not None for record in records):
+            rows = [
+                {
+                    "id": str(number if record.id is None else record.id),
+                    "direction": direction,
+                    "source": record.source,
+                    "reference": record.reference,
+                    "prediction": "".join(record.outputs),
+                }
+                for number, record in enumerate(records)
+            ]
+            counts["missing_output"] = sum(not record.outputs for record in records)
+        elif pairs is not None:
+            outputs = _by_id(path, records, direction, pairs, counts)
+            for pair, found in zip(pairs, outputs, strict=True):
+                if len(found) > 1:
+                    raise ValueError(
+                        f"{path}: {len(found)} rows have the id {pair['id']!r}; one output a pair is scored: choose "
+                        "one, or give the file to make_triples.py, which takes candidates"
+                    )
+            counts["missing_output"] = sum(not found for found in outputs)
+            asked = rows_of_pairs(pairs, direction)
+            rows = [row | {"prediction": "".join(found)} for row, found in zip(asked, outputs, strict=True)]
+        elif not references:
+            rows = [
+                row
+                | {"id": record.id or row["id"], "source": record.source or "", "prediction": "".join(record.outputs)}
+                for row, record in zip(_unnamed(len(records), direction), records, strict=True)
+            ]
+            counts["missing_output"] = sum(not record.outputs for record in records)
         else:
-            rows, counts = _from_reference_tsv(path, header, lines, direction)
+            raise ValueError(
+                f"{path}: needs columns source and reference, or id beside --pairs; found {', '.join(content[0])}. To "
+                "score without references: --no_references"
+            )
     if not rows:
         raise ValueError(f"{path}: no {direction} row in it")
-    if pairs is not None and not beside:
+    if not references:
+        rows = [row | {"reference": None} for row in rows]
+    elif pairs is not None and kind != "lines" and (kind == "reference table" or records[0].reference is not None):
         counts["references_of_file"] = len(rows)
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows if references else (), 1):
         if not row["reference"].strip():
             raise ValueError(
                 f"{path} row {number} (id {row['id']!r}): the reference is empty; every row needs one. A line break "
@@ -73,44 +130,139 @@ def read_predictions(
     return rows, +counts
 
 
+def read_candidates(
+    path: str | Path, direction: str, pairs: list[dict], encoding: str = "utf-8"
+) -> tuple[list[list[str]], Counter]:
+    """Each pair's outputs in a file, and what was odd about it, counted by cause.
+
+    Several rows of one id, or a list in a cell, are several candidates; a pair that the file doesn't name has none.
+    Errors as of `read_predictions`.
+    """
+    path, counts = Path(path), Counter()
+    kind, content = _content(path, direction, encoding, lines=True)
+    if kind == "lines":
+        return [[line] for line in _of_lines(path, content, direction, counts, len(pairs))], +counts
+    if kind == "reference table":
+        raise ValueError(
+            f"{path}: a reference script's table names no pairs; give one output a line, or columns id and output"
+        )
+    return _by_id(path, _records(path, content, direction), direction, pairs, counts), +counts
+
+
+def _unnamed(n: int, direction: str) -> list[dict]:
+    return [{"id": f"row {i}", "direction": direction, "source": "", "reference": None} for i in range(1, n + 1)]
+
+
+def _content(path: Path, direction: str, encoding: str, lines: bool):
+    """What kind of file it is, and its content: `("lines", text)`, `("reference table", (header, lines))` or
+    `("table", rows)`. Where `lines` may be asked for, text without a known header is that."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of predictions")
+    if table_suffix(path) in (".parquet", ".jsonl", ".csv"):
+        return "table", read_table(path, encoding)
+    text = read_text(path, encoding)
+    if not text:
+        raise ValueError(f"{path}: the file is empty")
+    # A table's lines end where Python's text mode ends them, as for its scripts: not at U+2028 or a form feed.
+    header, *rest = _lines(text.replace("\r\n", "\n").replace("\r", "\n"))
+    header = header.split("\t")
+    if {"prediction", "output"} & set(header) and {"id", "source"} & set(header):
+        return "table", read_table(path, encoding)
+    if "ground truth" in header or not lines:
+        return "reference table", (header, rest)
+    return "lines", text
+
+
+def _records(path: Path, rows: list[dict], direction: str) -> list[_Record]:
+    """A table's rows of one direction; `ValueError` names the row and what is no text in it."""
+    records = []
+    for number, row in enumerate(rows, 1):
+        place = f"row {number}"
+        its = row.get("direction", direction)
+        if its not in DIRECTIONS:
+            raise ValueError(f"{path} {place}: direction {its!r} is not one of {', '.join(DIRECTIONS)}")
+        if its != direction:
+            continue
+        column = next((name for name in ("prediction", "output") if name in row), None)
+        if column is None:
+            raise ValueError(f"{path} {place}: no column 'prediction' (or 'output'), found {', '.join(row)}")
+        texts = [_text_of(path, place, name, row.get(name)) for name in ("source", "reference")]
+        value, identifier = row[column], row.get("id")
+        if identifier is not None and (isinstance(identifier, (list, dict, float)) or identifier == ""):
+            raise ValueError(f"{path} {place}: the id is {identifier!r}; write the pair's, a text or a whole number")
+        values = value if isinstance(value, list) else [value]
+        outputs = [_text_of(path, place, column, one) for one in values]
+        records.append(
+            _Record(
+                place,
+                None if identifier is None else str(identifier),
+                *(texts if "source" in row or "reference" in row else (None, None)),
+                [output for output in outputs if output is not None],
+            )
+        )
+    if not records:
+        raise ValueError(f"{path}: no {direction} row in it")
+    return records
+
+
+def _text_of(path: Path, place: str, column: str, value) -> str | None:
+    """A cell's text; None where it is missing (null, or the NaN that pandas writes)."""
+    if value is None or (isinstance(value, float) and value != value):
+        return None
+    if not isinstance(value, str):
+        raise ValueError(f"{path} {place}: {column!r} is {value!r}, no text; write text, or null for no output")
+    return value
+
+
+def _by_id(path: Path, records: list[_Record], direction: str, pairs: list[dict], counts: Counter) -> list[list[str]]:
+    """Each pair's outputs by id; a source that the file has must be the pair's."""
+    if nameless := next((record for record in records if record.id is None), None):
+        raise ValueError(
+            f"{path} {nameless.place}: no id; a table's outputs find their pairs by id (or write one output a line, in "
+            "the order of the pairs, into a .txt)"
+        )
+    repeated, n = Counter(pair["id"] for pair in pairs).most_common(1)[0]
+    if n > 1:
+        raise ValueError(
+            f"{path}: its outputs are of ids, but {n} pairs have the id {repeated!r}; give each pair its own"
+        )
+    of, outputs = {pair["id"]: pair for pair in pairs}, defaultdict(list)
+    for record in records:
+        if record.id not in of:
+            counts["unknown_id"] += 1
+            continue
+        source = of[record.id][COLUMNS[direction][0]]
+        if record.source is not None and record.source.strip() != source.strip():
+            raise ValueError(
+                f"{path} {record.place}: id {record.id!r} has the source {record.source[:80]!r} here, and "
+                f"{source[:80]!r} among the pairs; are these the pairs it was made from?"
+            )
+        counts["missing_candidate"] += not record.outputs
+        outputs[record.id] += record.outputs
+    if not outputs:
+        own = "" if not pairs[0]["id"].startswith("row ") else "; the pairs have no ids of their own: add a column id"
+        raise ValueError(
+            f"{path}: none of its {len(records)} ids (such as {records[0].id!r}) is a pair's (such as "
+            f"{pairs[0]['id']!r}){own}"
+        )
+    return [outputs[pair["id"]] for pair in pairs]
+
+
 def drop_unreadable(rows: list[dict], where: str | Path) -> tuple[list[dict], list[dict]]:
     """cap2mol's rows whose reference RDKit reads, and the others; `ValueError` where it reads none."""
-    from lmolt.metrics.molecule import canonical, in_processes
-
-    readable = in_processes(canonical, [row["reference"] for row in rows])
-    kept = [row for row, smiles in zip(rows, readable, strict=True) if smiles]
-    dropped = [row for row, smiles in zip(rows, readable, strict=True) if not smiles]
+    distinct = list(dict.fromkeys(row["reference"] for row in rows))
+    readable = {s: isinstance(f, Features) for s, f in zip(distinct, in_processes(features, distinct), strict=True)}
+    kept = [row for row in rows if readable[row["reference"]]]
     if not kept:
         raise ValueError(f"{where}: RDKit reads none of its {len(rows)} references, such as {rows[0]['reference']!r}")
-    return kept, dropped
-
-
-def _decode(path: Path, encoding: str) -> str:
-    data = path.read_bytes()
-    for bom, name in (
-        (codecs.BOM_UTF8, "utf-8-sig"),
-        (codecs.BOM_UTF16_LE, "utf-16"),
-        (codecs.BOM_UTF16_BE, "utf-16"),
-    ):
-        if data.startswith(bom):
-            encoding = name
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path} line {line}: byte 0x{data[error.start]:02x} is not {encoding}; name the file's encoding "
-            "(--encoding latin-1, say) or convert it (iconv -f LATIN1 -t UTF-8)"
-        ) from None
-    except LookupError:
-        raise ValueError(f"unknown encoding {encoding!r}; use a name Python knows, such as utf-8 or latin-1") from None
+    return kept, [row for row in rows if not readable[row["reference"]]]
 
 
 def _lines(text: str) -> list[str]:
     return text.removesuffix("\n").split("\n")
 
 
-def _from_reference_tsv(path: Path, header: list[str], lines: list[str], direction: str):
+def _from_reference_tsv(path: Path, header: list[str], lines: list[str], direction: str, counts: Counter) -> list[dict]:
     source, _, _ = expected = HEADERS[direction]
     if missing := [name for name in expected if name not in header]:
         found = " / ".join(header)[:200]
@@ -118,13 +270,14 @@ def _from_reference_tsv(path: Path, header: list[str], lines: list[str], directi
         remedy = (
             f"its columns are those of --direction {other}"
             if other
-            else f"begin with the tab-separated line {' / '.join(expected)}, or give --pairs for one output a line"
+            else f"begin with the tab-separated line {' / '.join(expected)}, or give --pairs for one output a line; "
+            "without references: --no_references"
         )
         raise ValueError(f"{path} line 1: no column {missing[0]!r} in the header {found!r}; {remedy}")
     if twice := next((name for name in expected if header.count(name) > 1), None):
         raise ValueError(f"{path} line 1: two columns are called {twice!r}; rename the one that is not meant")
     at = {name: header.index(name) for name in expected}
-    rows, counts = [], Counter()
+    rows = []
     for line_number, line in enumerate(lines, 2):
         if not line.strip():  # csv.DictReader, which the reference scripts use, passes over empty lines too
             counts["blank_line"] += 1
@@ -148,7 +301,7 @@ def _from_reference_tsv(path: Path, header: list[str], lines: list[str], directi
                 "prediction": prediction,
             }
         )
-    return rows, counts
+    return rows
 
 
 def _without_cls(output: str, direction: str, counts: Counter) -> str:
@@ -159,40 +312,15 @@ def _without_cls(output: str, direction: str, counts: Counter) -> str:
     return output.removeprefix("[CLS] ")
 
 
-def _beside_pairs(path: Path, lines: list[str], pairs: list[dict], direction: str):
-    """L+M-24's submissions, read as its scorers do: lines end at \\n alone, spaces around an output are left out."""
-    counts = Counter()
-    if len(lines) == len(pairs) + 1 and not lines[-1].strip():
+def _of_lines(path: Path, text: str, direction: str, counts: Counter, n: int | None) -> list[str]:
+    """L+M-24's submissions, read as its scorers do: lines end at \\n alone, spaces around an output are left out.
+    There must be `n` of them, where that is known."""
+    lines = _lines(text)
+    if n is not None and len(lines) == n + 1 and not lines[-1].strip():
         lines, counts["blank_line"] = lines[:-1], 1
-    if len(lines) != len(pairs):
+    if n is not None and len(lines) != n:
         raise ValueError(
-            f"{path} has {len(lines)} lines but there are {len(pairs)} pairs; give one output a line, in their order, "
-            "an empty line for an empty output, no header (check --split and --limit, and line breaks inside outputs)"
+            f"{path} has {len(lines)} lines but there are {n} pairs; give one output a line, in their order, an empty "
+            "line for an empty output, no header (check --split and --limit, and line breaks inside outputs)"
         )
-    outputs = [_without_cls(line.strip(), direction, counts).strip() for line in lines]
-    rows = [row | {"prediction": output} for row, output in zip(rows_of_pairs(pairs, direction), outputs, strict=True)]
-    return rows, counts
-
-
-def _from_table(path: Path, direction: str):
-    rows, counts = [], Counter()
-    for number, record in enumerate(read_table(path), 1):
-        if missing := [k for k in ("direction", "source", "reference", "prediction") if k not in record]:
-            raise ValueError(
-                f"{path} row {number}: no column {missing[0]!r}, found {', '.join(record)}; "
-                "predictions need id, direction, source, reference, prediction"
-            )
-        if record["direction"] not in DIRECTIONS:
-            raise ValueError(
-                f"{path} row {number}: direction {record['direction']!r} is not one of {', '.join(DIRECTIONS)}"
-            )
-        if record["direction"] != direction:
-            continue
-        if not isinstance(record["prediction"], str):  # null, or the NaN that pandas writes for an empty cell
-            counts["missing_output"] += 1
-            record["prediction"] = ""
-        row = {"id": str(record.get("id", len(rows))), "direction": direction}
-        for key in ("source", "reference", "prediction"):
-            row[key] = record[key] if isinstance(record[key], str) else ""
-        rows.append(row)
-    return rows, counts
+    return [_without_cls(line.strip(), direction, counts).strip() for line in lines]

@@ -125,8 +125,10 @@ def finish(system: System, direction: str, output: str) -> str:
     output = output.strip()
     if system.keep == "all" or direction != CAP2MOL:
         return output
-    from rdkit import Chem, rdBase
+    from lmolt.metrics.smiles import is_molecule, oddity
+    from lmolt.metrics.workers import in_processes
 
-    with rdBase.BlockLogs():
-        words = [word.strip("`'\".,;:") for word in output.split()]
-        return max((word for word in words if word and Chem.MolFromSmiles(word)), key=len, default=output)
+    words = [word.strip("`'\".,;:") for word in output.split()]
+    words = [word for word in dict.fromkeys(words) if word and not oddity(word)]
+    readable = in_processes(is_molecule, words)
+    return max((word for word, ok in zip(words, readable, strict=True) if ok is True), key=len, default=output)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -126,11 +127,17 @@ class Checkpoint:
             return f"that is an adapter, so fold it into its base first: merge.py --models BASE --adapter {self.folder}"
         return "merging takes safetensors: load the model with transformers and save_pretrained it, which writes them"
 
+    @property
+    def dtype(self) -> str:
+        """The type of most of its values."""
+        counts = Counter()
+        for entry in self.entries.values():
+            counts[entry.dtype] += entry.size
+        return counts.most_common(1)[0][0]
+
     def read(self, name: str, work: type = np.float32) -> Iterator[np.ndarray]:
         """The tensor's values, flattened, in pieces of `PIECE`, as `work` (np.float32 or np.float64)."""
-        entry = self.entries[name]
-        for bits in read_bits(entry.file, STORAGE[entry.dtype], entry.offset, entry.size):
-            yield decode(bits, entry.dtype, work)
+        return entry_values(self.entries[name], work)
 
     def sample(self, name: str, work: type = np.float32, runs: int = 256, length: int = 256) -> np.ndarray:
         """`runs` stretches of `length` values, evenly over the tensor; all of it if it is no longer than that."""
@@ -144,6 +151,12 @@ class Checkpoint:
                 stream.seek(entry.offset + start * storage.itemsize)
                 stream.readinto(memoryview(run).cast("B"))
         return decode(bits.ravel(), entry.dtype, work)
+
+
+def entry_values(entry: Entry, work: type = np.float32) -> Iterator[np.ndarray]:
+    """The values of a stored tensor, flattened, in pieces of `PIECE`."""
+    for bits in read_bits(entry.file, STORAGE[entry.dtype], entry.offset, entry.size):
+        yield decode(bits, entry.dtype, work)
 
 
 def read_bits(file: Path, storage: np.dtype, offset: int, size: int, piece_size: int = PIECE) -> Iterator[np.ndarray]:
@@ -299,8 +312,8 @@ class OutputFolder:
         text += b" " * (-len(text) % 8)  # the format asks for tensors aligned to 8 bytes
         return len(text).to_bytes(8, "little") + text, [8 + len(text) + end for end in ends]
 
-    def finish(self, source: Checkpoint) -> None:
-        """Index, config and tokenizer beside the shards (config and tokenizer are `source`'s), then the final name."""
+    def finish(self, source: Checkpoint, changes: dict) -> None:
+        """Index, config and tokenizer beside the shards (`source`'s; `changes` of the config), then the final name."""
         if len(self.layout) > 1:
             weight_map = {name: shard for shard, tensors in self.layout.items() for name, _ in tensors}
             size = sum(prod(shape) for tensors in self.layout.values() for _, shape in tensors)
@@ -309,7 +322,10 @@ class OutputFolder:
         for name in COPIED:
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, self.partial / name)  # not its mode: the umask decides
-        config = dict(source.config)
+        config = source.config | changes
+        for key in [key for key in config if key.endswith("_config") and isinstance(config[key], dict)]:
+            inner = {name: value for name, value in changes.items() if name in config[key]}
+            config[key] = config[key] | inner  # text_config of a composite model
         key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 4 reads the first, 5 both
         config[key] = {dtype: name for name, dtype in NAMES.items()}[self.dtype]
         (self.partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")

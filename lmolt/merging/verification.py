@@ -4,14 +4,16 @@ Plain: the whole tensor at once in float64, sorted where the merge itself stream
 """
 
 import hashlib
+import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from lmolt.merging.methods import Recipe
-from lmolt.merging.safetensors_io import Checkpoint
+from lmolt.merging.safetensors_io import Checkpoint, Entry, entry_values, read_header
 
 LARGEST = 1 << 25  # values: 256 MiB in float64, of which a few copies are held
 MIDPOINT = 0.501  # units in the last place: weights like 0.95 put many values on exact midpoints
@@ -50,7 +52,109 @@ def plain(recipe: Recipe, name: str, sources: list[Checkpoint], base: Checkpoint
 
 def whole(source: Checkpoint, name: str) -> np.ndarray:
     """A tensor, flat, in float64."""
-    return np.concatenate(list(source.read(name, np.float64)))
+    return np.concatenate([*source.read(name, np.float64), np.empty(0)])
+
+
+def fold_by_peft(base: Checkpoint, folder: Path, fold_base: str, dtype: str) -> Callable[[str], np.ndarray]:
+    """A function of a tensor's name: what PEFT's own layers merge, one at a time; PEFT reads the adapter itself.
+
+    Where the base has no class in transformers (it brings its code), the formula in float64 instead.
+    """
+    import torch
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    from peft.utils import ModulesToSaveWrapper, load_peft_weights
+
+    from lmolt.merging.architecture import read_architecture
+    from lmolt.merging.folding import FACTOR, TORCH, dequantised, modules_of
+
+    architecture = read_architecture(base, modules_of(folder / "adapter_model.safetensors"))
+    tensors = {entry.name: entry for entry in read_header(folder / "adapter_model.safetensors")}
+    config = json.loads((folder / "adapter_config.json").read_text())
+
+    def stored(name: str) -> torch.Tensor:
+        entry = base.entries[name]
+        if fold_base == "dequantised" and architecture.is_quantised(name, entry.shape):
+            return dequantised(base, entry, architecture.kind(architecture.homes[name].parameter) == "Conv1D")
+        return torch.from_numpy(whole(base, name).reshape(entry.shape))
+
+    def by_formula(name: str) -> np.ndarray:
+        read = lambda key: np.concatenate([*entry_values(tensors[key], np.float64)]).reshape(tensors[key].shape)
+        module = "base_model.model." + name.removesuffix(".weight")
+        for key in (f"base_model.model.{name}", f"{module}.modules_to_save.weight"):
+            if key in tensors:
+                return read(key).ravel()
+        weight = stored(name).double().numpy()
+        if f"{module}.lora_A.weight" in tensors:
+            a, b = read(f"{module}.lora_A.weight"), read(f"{module}.lora_B.weight")
+            alpha = config["lora_alpha"]
+            for pattern, value in reversed((config.get("alpha_pattern") or {}).items()):
+                alpha = value if re.match(rf"(.*\.)?({pattern})$", name.removesuffix(".weight")) else alpha
+            weight = weight + alpha / len(a) ** (0.5 if config.get("use_rslora") else 1) * (b @ a)
+        return weight.ravel()
+
+    if architecture.model is None:
+        return by_formula
+    shapes = {name: tuple(value.shape) for name, value in architecture.model.state_dict().items()}
+    wrapped = get_peft_model(architecture.model, PeftConfig.from_pretrained(folder))
+    saved = load_peft_weights(str(folder), device="cpu")
+    set_peft_model_state_dict(wrapped, dict(saved), low_cpu_mem_usage=True)
+    model = wrapped.base_model.model
+    sources: dict[str, list[str]] = {}
+    for name, home in architecture.homes.items():
+        sources.setdefault(home.parameter, []).append(name)
+
+    def stored_entry(parameter: str) -> Entry:  # or of the one that it is tied to
+        return base.entries[
+            next(sources[p][0] for p in [parameter, *architecture.ties.get(parameter, [])] if p in sources)
+        ]
+
+    def parameter_value(parameter: str) -> torch.Tensor:
+        entry = stored_entry(parameter)
+        names, experts = sources.get(parameter, [entry.name]), architecture.homes[entry.name].expert is not None
+        kind = TORCH[entry.dtype] if entry.dtype == dtype else torch.float32
+        value = torch.zeros(shapes[parameter], dtype=kind) if experts else stored(names[0]).to(kind)
+        for name in names if experts else ():
+            home, part = architecture.homes[name], stored(name)
+            value[home.expert, home.row : home.row + len(part)] = part.to(kind)
+        return value
+
+    brought: dict[str, torch.Tensor] = {}
+
+    def by_peft(name: str) -> np.ndarray:
+        home = architecture.homes.get(name)
+        if home is None and name in base.entries:  # nothing loads it
+            return whole(base, name)
+        parameter = home.parameter if home else name
+        path, _, leaf = parameter.rpartition(".")
+        module = layer = model.get_submodule(path)
+        if isinstance(module, ModulesToSaveWrapper):
+            layer = module.modules_to_save["default"]
+        elif hasattr(module, "base_layer"):
+            layer = module.get_base_layer()
+        given = brought.setdefault(parameter, getattr(layer, leaf))  # real only where the adapter's file holds it
+        if given.is_meta:
+            given = parameter_value(parameter)
+        elif hasattr(module, "merge"):
+            given = given.to(TORCH[stored_entry(parameter).dtype])
+        if hasattr(module, "merge"):  # its factors follow the weight from the meta device, and to its type
+            set_weight = lambda value: setattr(layer, leaf, torch.nn.Parameter(value, requires_grad=False))
+            set_weight(given.float())
+            here = lambda key: key.startswith(f"base_model.model.{path}.")
+            own = {key: value for key, value in saved.items() if here(key) == bool(FACTOR.match(key))}
+            set_peft_model_state_dict(wrapped, own, low_cpu_mem_usage=True)
+            set_weight(given.clone())
+            given = None
+        while hasattr(module, "base_layer"):
+            if getattr(module, "parameter_name", "weight") == leaf:
+                module.merged_adapters.clear()  # another part of these experts was asked for before
+                module.merge()
+            module = module.base_layer
+        value = (getattr(layer, leaf) if given is None else given).detach()
+        if home and home.expert is not None:
+            value = value[home.expert][home.row : home.row + base.entries[name].shape[0]]
+        return value.double().numpy().ravel()
+
+    return by_peft
 
 
 def units_apart(values: np.ndarray, exact: np.ndarray, dtype: str) -> np.ndarray:
@@ -83,7 +187,7 @@ def verify(
             continue
         values = whole(merged, name)
         dtype = merged.entries[name].dtype
-        units = 1024 if folded and dtype == "F32" else MIDPOINT  # PEFT, and so we, multiply in float32
+        units = 1.001 if folded else MIDPOINT  # what PEFT merges is rounded already
         off = units_apart(values, exact, dtype) > units
         shares[name] = float(off.mean())
         if shares[name] > allowed:

@@ -134,7 +134,7 @@ def groups_claimed(caption: str) -> list[bool]:
 
 def groups_present(smiles: str) -> list[bool] | None:
     """Whether the molecule has each of `GROUPS`; None where RDKit cannot read it."""
-    from lmolt.metrics.molecule import parse
+    from lmolt.metrics.smiles import parse
 
     molecule = parse(smiles)
     return None if molecule is None else [molecule.HasSubstructMatch(s) for s in _patterns()[0]]
@@ -148,19 +148,22 @@ def group_scores(molecules, references, predictions, num_workers=None) -> dict[s
     `group_unclaimed`: share of the molecule's groups which the prediction does not claim.
     `group_missed`: share of the groups which the reference rightly claims and the prediction does not.
     """
-    from lmolt.metrics.molecule import in_processes
+    from lmolt.metrics.workers import Unfinished, in_processes
 
     distinct = list(dict.fromkeys(molecules))
     of = dict(zip(distinct, in_processes(groups_present, distinct, num_workers), strict=True))
-    readable = np.array([of[m] is not None for m in molecules])
-    present = np.array([of[m] or [False] * len(GROUPS) for m in molecules])
+    readable = np.array([isinstance(of[m], list) for m in molecules])
+    present = np.array([of[m] if isinstance(of[m], list) else [False] * len(GROUPS) for m in molecules])
     said, truth = (np.array([groups_claimed(text) for text in texts]) for texts in (predictions, references))
 
     def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
         total = whole.sum(1)
         return np.divide(part.sum(1), total, out=np.full(len(total), np.nan), where=(total > 0) & readable)
 
+    unfinished = np.array([float(isinstance(of[m], Unfinished)) for m in molecules])
     return {
+        "count_unreadable_source": np.array([float(m.strip() != "") for m in molecules]) * ~readable,
+        "count_unfinished_source": unfinished,
         "group_hallucination": share(said & ~present, said),
         "group_hallucination_reference": share(truth & ~present, truth),
         "group_unclaimed": share(present & ~said, present),

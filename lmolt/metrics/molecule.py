@@ -1,16 +1,12 @@
 """Molecules against molecules: validity, exact matches, Levenshtein, fingerprint similarities, scaffolds.
 
-RDKit's share, nearly all of the time, runs in a pool of processes over the distinct SMILES and is kept between runs
-for the references (`cache_dir`). Nothing is computed twice for a SMILES, nor at all for a pair of equal strings.
+RDKit's share, nearly all of the time, runs in processes under limits (workers.py) over the distinct pairs and is kept
+between runs for the references (`cache_dir`). Nothing is computed twice for a SMILES, nor at all for a pair of equal
+strings.
 """
 
-import gc
 import hashlib
-import os
-import signal
-from concurrent.futures import ProcessPoolExecutor
-from functools import cache
-from multiprocessing import get_context
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,30 +15,24 @@ import rdkit
 from rdkit import Chem, DataStructs
 from rdkit.Chem import MACCSkeys, rdFingerprintGenerator, rdMolDescriptors
 from rdkit.Chem.Scaffolds import MurckoScaffold
-from rdkit.rdBase import BlockLogs
 
 from lmolt.files import write_whole
 from lmolt.metrics.caption import BLEU_COLUMNS, bleu_of_sums
 from lmolt.metrics.metric import Metric
 from lmolt.metrics.ngrams import flatten
+from lmolt.metrics.smiles import MAX_CHARACTERS, ODDITIES, oddity, parse
+from lmolt.metrics.workers import SECONDS, Unfinished, in_processes
 
 _RDK = rdFingerprintGenerator.GetRDKitFPGenerator()  # Chem.RDKFingerprint's, made once
 _MORGAN = rdFingerprintGenerator.GetMorganGenerator(radius=2)
-MAX_CHARACTERS = 20_000
-_FEW = 60  # below so many SMILES a pool costs more than it saves
-
-
-def parse(smiles: str) -> Chem.Mol | None:
-    """A sanitised molecule, or None for what RDKit cannot read, for more than 20,000 characters (RDKit would not end),
-    and for no atoms (RDKit calls the empty string valid)."""
-    molecule = Chem.MolFromSmiles(smiles) if len(smiles) <= MAX_CHARACTERS else None
-    return molecule if molecule is not None and molecule.GetNumAtoms() else None
+_KINDS = {"maccs": "MACCS keys", "rdk": "RDKit path fingerprint", "morgan": "Morgan radius 2, sparse counts"}
 
 
 class Features(NamedTuple):
     """What one molecule is compared by."""
 
-    formula: str
+    formula: str  # with a * for each dummy atom
+    scaffold: str  # Bemis-Murcko's as SMILES without stereochemistry; empty without a ring
     maccs: DataStructs.ExplicitBitVect
     rdk: DataStructs.ExplicitBitVect
     morgan: DataStructs.ULongSparseIntVect
@@ -54,60 +44,86 @@ class Pair(NamedTuple):
     exact_match: bool
     canonical_match: bool
     canonical_match_no_stereo: bool
+    scaffold_match: float  # NaN where the reference has no ring
     maccs: float
     rdk: float
     morgan: float
     rdk_corrected: float
+    dummy: bool  # in the prediction
     counts: tuple[bytes, bytes]
 
 
+class NoPair(NamedTuple):
+    """A reference beside what is no molecule."""
+
+    scaffold_match: float  # 0, NaN where the reference has no ring
+    unfinished: str = ""  # why RDKit did not finish the prediction
+
+
 def _features(molecule: Chem.Mol) -> Features:
-    bits = MACCSkeys.GenMACCSKeys(molecule), _RDK.GetFingerprint(molecule)
-    return Features(rdMolDescriptors.CalcMolFormula(molecule), *bits, _MORGAN.GetSparseCountFingerprint(molecule))
+    return Features(
+        rdMolDescriptors.CalcMolFormula(molecule),
+        _scaffold(molecule),
+        MACCSkeys.GenMACCSKeys(molecule),
+        _RDK.GetFingerprint(molecule),
+        _MORGAN.GetSparseCountFingerprint(molecule),
+    )
 
 
-def _features_of(smiles: str) -> Features | None:
+def features(smiles: str) -> Features | None:
     molecule = parse(smiles)
     return molecule and _features(molecule)
 
 
-def _compare(job: tuple[str, str, Features | None]) -> Pair | str:
-    """One pair, its reference's features given or not; or which side is no molecule: "reference" or "prediction"."""
+def _scaffold(molecule: Chem.Mol) -> str:
+    if molecule.GetRingInfo().NumRings() == 0:
+        return ""
+    return Chem.MolToSmiles(MurckoScaffold.GetScaffoldForMol(molecule), isomericSmiles=False)
+
+
+def _compare(job: tuple[str, str, Features | None]) -> Pair | NoPair | None:
+    """One pair, its reference's features given or not; None where the reference is no molecule."""
     reference, prediction, known = job
     theirs = None if known else parse(reference)
     if known is None and theirs is None:
-        return "reference"
+        return None
     if prediction == reference:
-        theirs = theirs or parse(reference)
-        counts = (known.morgan if known else _MORGAN.GetSparseCountFingerprint(theirs)).ToBinary()
-        return Pair(not _has_dummy(theirs), True, True, *_of_equal(theirs), (counts, counts))
-    ours = parse(prediction)
+        return _same(known, theirs)
+    ours, scaffold = parse(prediction), known.scaffold if known else _scaffold(theirs)
     if ours is None:
-        return "prediction"
-    formula = known.formula if known else rdMolDescriptors.CalcMolFormula(theirs)
+        return NoPair(0.0 if scaffold else np.nan)
+    formulas = (
+        (known.formula if known else rdMolDescriptors.CalcMolFormula(theirs)),
+        rdMolDescriptors.CalcMolFormula(ours),
+    )
     matches = False, False, False
-    if formula == rdMolDescriptors.CalcMolFormula(ours):  # no others can agree
+    if formulas[0] == formulas[1]:  # no others can agree
         matches = _matches(theirs or parse(reference), ours)
     if matches[1]:  # the same molecule: the two slow fingerprints need not be computed to be equal
-        counts = _MORGAN.GetSparseCountFingerprint(ours).ToBinary()
-        return Pair(*matches, *_of_equal(ours), (counts, counts))
+        return _same(known, ours, matches)
     sides = known or _features(theirs), _features(ours)
-    similarities = list(map(DataStructs.TanimotoSimilarity, *(side[1:] for side in sides)))
-    return Pair(*matches, *similarities, similarities[1], tuple(side.morgan.ToBinary() for side in sides))
+    similarities = [DataStructs.TanimotoSimilarity(*(getattr(f, key) for f in sides)) for key in _KINDS]
+    alike = float(sides[0].scaffold == sides[1].scaffold) if scaffold else np.nan
+    counts = tuple(side.morgan.ToBinary() for side in sides)
+    return Pair(*matches, alike, *similarities, similarities[1], "*" in formulas[1], counts)
 
 
-def _of_equal(molecule: Chem.Mol) -> tuple[float, float, float, float]:
-    """`maccs`, `rdk`, `morgan` and `rdk_corrected` of a molecule with itself: 1, but 0 where a fingerprint is empty,
-    which only a molecule of very few atoms has."""
-    if molecule.GetNumBonds() > 3:
-        return 1.0, 1.0, 1.0, 1.0
-    maccs, rdk = MACCSkeys.GenMACCSKeys(molecule), _RDK.GetFingerprint(molecule)
-    return float(maccs.GetNumOnBits() > 0), float(rdk.GetNumOnBits() > 0), 1.0, 1.0
+def _same(known: Features | None, molecule: Chem.Mol | None, matches: tuple | None = None) -> Pair:
+    """A molecule with itself, from its features or, where they aren't known, itself; `matches` as of `_matches`.
 
-
-def _has_dummy(molecule: Chem.Mol) -> bool:
-    """Whether an atom stands for any other (`*`, `[#0]`, `[1*]`): such a molecule has no InChI."""
-    return any(atom.GetAtomicNum() == 0 for atom in molecule.GetAtoms())
+    Its similarities are 1, or 0 where a fingerprint is empty, which only that of very few atoms is.
+    """
+    if known is None and molecule.GetNumBonds() > 3:
+        ring, formula = molecule.GetRingInfo().NumRings() > 0, rdMolDescriptors.CalcMolFormula(molecule)
+        morgan, similar = _MORGAN.GetSparseCountFingerprint(molecule), (1.0, 1.0)
+    else:
+        known = known or _features(molecule)
+        ring, formula, morgan = known.scaffold != "", known.formula, known.morgan
+        similar = float(known.maccs.GetNumOnBits() > 0), float(known.rdk.GetNumOnBits() > 0)
+    dummy, counts = "*" in formula, morgan.ToBinary()
+    # A dummy atom has no InChI: two such molecules may be the same or not.
+    matches = matches or (not dummy, True, True)
+    return Pair(*matches, 1.0 if ring else np.nan, *similar, 1.0, 1.0, dummy, (counts, counts))
 
 
 def _matches(a: Chem.Mol, b: Chem.Mol) -> tuple[bool, bool, bool]:
@@ -118,84 +134,58 @@ def _matches(a: Chem.Mol, b: Chem.Mol) -> tuple[bool, bool, bool]:
     return inchi != "" and inchi == Chem.MolToInchi(b), Chem.MolToSmiles(a) == Chem.MolToSmiles(b), flat[0] == flat[1]
 
 
-def scaffold(smiles: str) -> str:
-    """Bemis-Murcko scaffold as SMILES without stereochemistry; empty for a molecule without a ring."""
-    molecule = parse(smiles)
-    if molecule is None or molecule.GetRingInfo().NumRings() == 0:
-        return ""
-    return Chem.MolToSmiles(MurckoScaffold.GetScaffoldForMol(molecule), isomericSmiles=False)
-
-
-def canonical(smiles: str) -> str:
-    """RDKit's canonical SMILES, empty where it cannot be read."""
-    molecule = parse(smiles)
-    return Chem.MolToSmiles(molecule) if molecule else ""
-
-
-def _quietly(function, items: list) -> list:
-    with BlockLogs():
-        return [function(item) for item in items]
-
-
-def in_processes(function, items: list, num_workers: int | None = None) -> list:
-    """`[function(item) for item in items]` over processes, RDKit's log silenced; the longest first, for balance."""
-    workers = num_workers or len(os.sched_getaffinity(0))
-    if workers == 1 or len(items) < _FEW:
-        return _quietly(function, items)
-    length = lambda item: len(item) if isinstance(item, str) else sum(map(len, item[:2]))
-    order = sorted(range(len(items)), key=lambda i: -length(items[i]))
-    size = -(-len(order) // (16 * workers))
-    chunks = [order[start : start + size] for start in range(0, len(order), size)]
-    futures = [_pool(workers).submit(_quietly, function, [items[i] for i in chunk]) for chunk in chunks]
-    results = [None] * len(items)
-    for chunk, future in zip(chunks, futures, strict=True):
-        for i, result in zip(chunk, future.result(), strict=True):
-            results[i] = result
-    return results
-
-
-@cache
-def _pool(workers: int) -> ProcessPoolExecutor:
-    """Forked once and kept: RDKit need not be imported again, and memory is not copied again for each metric."""
-    return ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_start_worker)
-
-
-def _start_worker() -> None:
-    gc.freeze()  # collections pass over what a child has of its parent, else they would touch and so copy all of it
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent answers Ctrl-C; its children end without a word
-
-
 def compare(
     references: list[str], predictions: list[str], cache_dir=None, num_workers: int | None = None
-) -> list[Pair | None]:
-    """n pairs, each distinct one compared once; None where the prediction is no molecule.
+) -> list[Pair | NoPair]:
+    """n pairs, each distinct one compared once.
 
     Exact match: by InChI (as MolT5), by canonical SMILES, by that without stereochemistry. Tanimoto similarity, as
     MolT5's fingerprint_metrics.py: `maccs`, 166 MACCS keys; `rdk`, RDKit's path fingerprint (paths 1 to 7, 2048 bits);
     `morgan`, sparse counts, radius 2. RDKit calls the Tanimoto similarity of empty fingerprints 0, so a molecule
     without bonds (methane) has an `rdk` of 0 to itself; `rdk_corrected` is 1 for equal molecules.
 
-    References' features are kept in `cache_dir`. `ValueError` on a reference that is no molecule.
+    References' features are kept in `cache_dir`. `ValueError` on a reference that is no molecule, or that RDKit does
+    not finish.
     """
-    known = {} if cache_dir is None else _cached_features(list(dict.fromkeys(references)), cache_dir, num_workers)
+    distinct = list(dict.fromkeys(references))
+    known = {} if cache_dir is None else _cached_features(distinct, cache_dir, num_workers)
     pairs = list(zip(references, predictions, strict=True))
     jobs = {pair: (*pair, known.get(pair[0])) for pair in pairs}
     of = dict(zip(jobs, in_processes(_compare, list(jobs.values()), num_workers), strict=True))
+    stuck = [pair for pair, found in of.items() if isinstance(found, Unfinished)]
+    for pair, its in zip(
+        stuck, in_processes(features, [reference for reference, _ in stuck], num_workers), strict=True
+    ):
+        if isinstance(its, Features):  # so it is the prediction's
+            of[pair] = NoPair(0.0 if its.scaffold else np.nan, of[pair])
     for row, pair in enumerate(pairs, 1):
-        if of[pair] == "reference":
+        if not isinstance(of[pair], (Pair, NoPair)):
+            why = f": {of[pair]}" if of[pair] else " is not a molecule RDKit can read"
             raise ValueError(
-                f"row {row}: the reference {pair[0][:100]!r} is not a molecule RDKit can read; references are your "
-                "data: correct it, remove the row, or leave such rows out with --invalid_pairs drop"
+                f"row {row}: the reference {pair[0][:100]!r}{why}; references are your data: correct it, remove the "
+                "row, or leave such rows out with --invalid_pairs drop"
             )
-    return [None if of[pair] == "prediction" else of[pair] for pair in pairs]
+    return [of[pair] for pair in pairs]
 
 
-def columns(pairs: list[Pair | None]) -> dict[str, np.ndarray]:
-    """Validity, exact matches (invalid: 0) and similarities (invalid: NaN) of what `compare` returned, `(n,)` each."""
-    invalid = Pair(False, False, False, np.nan, np.nan, np.nan, np.nan, ())
-    found = {key: np.array([getattr(pair or invalid, key) for pair in pairs], float) for key in Pair._fields[:-1]}
+def columns(predictions: list[str], pairs: list[Pair | NoPair]) -> dict[str, np.ndarray]:
+    """Validity, exact matches (invalid: 0), similarities (invalid: NaN) of what `compare` returned, and, in columns
+    `count_CAUSE`, what is odd about a prediction, `(n,)` each."""
+    valid = np.array([float(isinstance(pair, Pair)) for pair in pairs])
+    of_pairs = lambda key, other: np.array([getattr(p, key) if isinstance(p, Pair) else other for p in pairs], float)
+    found = {"validity": valid}
+    found |= {key: of_pairs(key, 0) for key in ("exact_match", "canonical_match", "canonical_match_no_stereo")}
+    found |= {key: of_pairs(key, np.nan) for key in (*_KINDS, "rdk_corrected")}
     found |= {f"{key}_invalid0": np.nan_to_num(found[key]) for key in _KINDS}
-    return {"validity": np.array([float(pair is not None) for pair in pairs])} | found
+    found["scaffold_match"] = np.array([pair.scaffold_match for pair in pairs])
+    odd = [oddity(prediction) for prediction in predictions]
+    plain = np.array([cause is None for cause in odd])
+    found |= {"validity_strict": valid * plain, "exact_match_strict": found["exact_match"] * plain}
+    for cause in ODDITIES:
+        found[f"count_{cause}"] = np.array([float(cause == its) for its in odd])
+    found["count_dummy_atom"] = of_pairs("dummy", 0)
+    found["count_unfinished"] = np.array([float(isinstance(p, NoPair) and p.unfinished != "") for p in pairs])
+    return found
 
 
 def environments(pairs: list[Pair]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -207,28 +197,23 @@ def environments(pairs: list[Pair]) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def _cached_features(references: list[str], cache_dir, num_workers) -> dict[str, Features]:
     """Features of distinct SMILES that are molecules, kept in `cache_dir` by content."""
-    content = hashlib.sha256("\n".join([rdkit.__version__, *references]).encode()).hexdigest()[:32]
+    content = hashlib.sha256("\n".join([rdkit.__version__, *Features._fields, *references]).encode()).hexdigest()[:32]
     path = Path(cache_dir) / f"features-{content}.npz"
     if path.is_file():
         with np.load(path) as stored:  # allow_pickle is off
-            parts = [np.split(stored[f"data{k}"], np.cumsum(stored[f"length{k}"])[:-1]) for k in range(4)]
-        kinds = bytes.decode, DataStructs.ExplicitBitVect, DataStructs.ExplicitBitVect, DataStructs.ULongSparseIntVect
+            parts = [np.split(stored[f"data{k}"], np.cumsum(stored[f"length{k}"])[:-1]) for k in range(5)]
+        text, bits, counts = bytes.decode, DataStructs.ExplicitBitVect, DataStructs.ULongSparseIntVect
+        kinds = text, text, bits, bits, counts
         rows = zip(*([kind(p.tobytes()) for p in part] for kind, part in zip(kinds, parts, strict=True)), strict=True)
         return {s: Features(*row) for s, row in zip(references, rows, strict=True)}
-    found = dict(zip(references, in_processes(_features_of, references, num_workers), strict=True))
-    if all(found.values()):  # else `compare` names the one that is no molecule
-        rows = [[f.formula.encode(), *(vector.ToBinary() for vector in f[1:])] for f in found.values()]
-        arrays = {f"data{k}": np.frombuffer(b"".join(row[k] for row in rows), np.uint8) for k in range(4)}
-        save_whole(path, arrays | {f"length{k}": np.array([len(row[k]) for row in rows]) for k in range(4)})
-    return found
-
-
-def scaffold_match(references, predictions, valid: np.ndarray, num_workers=None) -> np.ndarray:
-    """1 where the scaffolds agree, 0 where not or the prediction is invalid, NaN where the reference has no ring."""
-    distinct = list(dict.fromkeys([*references, *predictions]))
-    of = dict(zip(distinct, in_processes(scaffold, distinct, num_workers), strict=True))
-    pairs = zip(references, predictions, valid, strict=True)
-    return np.array([float(ok and of[r] == of[p]) if of[r] else np.nan for r, p, ok in pairs])
+    found = dict(zip(references, in_processes(features, references, num_workers), strict=True))
+    if all(isinstance(f, Features) for f in found.values()):  # else `compare` names the one that is no molecule
+        rows = [
+            [f.formula.encode(), f.scaffold.encode(), *(vector.ToBinary() for vector in f[2:])] for f in found.values()
+        ]
+        arrays = {f"data{k}": np.frombuffer(b"".join(row[k] for row in rows), np.uint8) for k in range(5)}
+        save_whole(path, arrays | {f"length{k}": np.array([len(row[k]) for row in rows]) for k in range(5)})
+    return {s: f for s, f in found.items() if isinstance(f, Features)}
 
 
 def save_whole(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -250,19 +235,17 @@ def uniqueness(predictions: list[str], valid: np.ndarray) -> np.ndarray:
     Its mean is L+M-24's uniqueness, distinct valid strings / valid strings, written as a mean over examples so that it
     has an interval: resampling the rows themselves would repeat some and make any system look less unique.
     """
-    counts = {}
-    for smiles in np.array(predictions, object)[valid]:
-        counts[smiles] = counts.get(smiles, 0) + 1
+    counts = Counter(p for p, ok in zip(predictions, valid, strict=True) if ok)
     return np.array([1 / counts[p] if ok else np.nan for p, ok in zip(predictions, valid, strict=True)])
 
 
 _AS_IS = "characters as they are in the file"
 _ONCE = "ChEBI-20's doubled backslashes made single on both sides"
 _TANIMOTO = "mean Tanimoto, RDKit {rdkit}"
-_KINDS = {"maccs": "MACCS keys", "rdk": "RDKit path fingerprint", "morgan": "Morgan radius 2, sparse counts"}
 _LABELS = {"maccs": "MACCS", "rdk": "RDK", "morgan": "Morgan"}
 _NONE_VALID = "no prediction is valid"
-_INVALID = f"empty or over {MAX_CHARACTERS} characters is invalid"
+_INVALID = f"empty, over {MAX_CHARACTERS} characters or what RDKit doesn't finish in {SECONDS:g} s is invalid"
+_PLAIN = "and the output is one plain SMILES: no text, name or extension after it, ASCII, no SELFIES (docs/metrics.md)"
 METRICS = (
     Metric(
         key="bleu",
@@ -329,6 +312,18 @@ METRICS = (
             convention=f"{kind}, {_TANIMOTO}; an invalid prediction 0 (L+M-24)",
         )
         for key, kind in _KINDS.items()
+    ),
+    Metric(
+        key="validity_strict",
+        label="Validity, strict",
+        better=1,
+        convention=f"RDKit {{rdkit}} parses it, {_PLAIN}",
+    ),
+    Metric(
+        key="exact_match_strict",
+        label="Exact, strict",
+        better=1,
+        convention=f"equal InChI, RDKit {{rdkit}}, {_PLAIN}",
     ),
     Metric(
         key="canonical_match",

@@ -6,6 +6,8 @@ import rdkit
 from lmolt.metrics import caption, grounding, hallucination, meteor, molecule, properties, statistics
 from lmolt.metrics import fcd as chemnet
 from lmolt.metrics.ngrams import characters, flatten
+from lmolt.metrics.smiles import canonical
+from lmolt.metrics.workers import Unfinished, in_processes
 from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP
 
 METRICS = {
@@ -78,6 +80,7 @@ def score(
         per_example, shuffled, absent = _captions(
             sources, references, predictions, text_tokenizer, nli_model, nltk_data, n_shuffles, seed, num_workers
         )
+        counts |= {key[6:]: int(column.sum()) for key, column in per_example.items() if key.startswith("count_")}
         if property_tree is not None:
             trees, columns = properties.score(references, predictions, property_tree, text_tokenizer, n_bootstrap, seed)
             per_example |= columns
@@ -195,7 +198,8 @@ def _captions(molecules, references, predictions, tokenizer, nli_model, nltk_dat
             reason = f"NLI model {nli_model} could not be loaded: {str(error).strip().splitlines()[0]}"
     if "nli_entailment" not in per_example:
         absent |= {"nli_entailment": reason, "nli_win_rate": reason}
-    return per_example | hallucination.group_scores(molecules, references, predictions, num_workers), shuffled, absent
+    per_example |= hallucination.group_scores(molecules, references, predictions, num_workers)
+    return per_example, shuffled, absent
 
 
 def _molecules(
@@ -203,11 +207,11 @@ def _molecules(
 ) -> tuple[dict, dict, dict, dict]:
     """`(per_example, parts of entries, reasons of what is absent, counts)` of molecules."""
     pairs = molecule.compare(references, predictions, cache_dir, num_workers)
-    compared = molecule.columns(pairs)
+    compared = molecule.columns(predictions, pairs)
     valid = compared["validity"] > 0
     counts = {
         "invalid_prediction": int((~valid).sum()),
-        "overlong_prediction": sum(len(p) > molecule.MAX_CHARACTERS for p in predictions),
+        **{f"{key[6:]}_prediction": int(compared[key].sum()) for key in compared if key.startswith("count_")},
         "doubled_backslash_reference": sum("\\\\" in s for s in references),
         "doubled_backslash_prediction": sum("\\\\" in s for s in predictions),
     }
@@ -219,12 +223,11 @@ def _molecules(
         "chrf": hallucination.chrf(references, predictions),
         "delta_len": delta,
         "uniqueness": molecule.uniqueness(predictions, valid),
-        "scaffold_match": molecule.scaffold_match(references, predictions, valid, num_workers),
     }
     per_example["win_rate"] = hallucination.win(per_example["chrf"], delta, valid, chrf_threshold, delta_threshold)
     absent, shuffled = {}, {}
     if valid.sum() > 1 and n_shuffles > 0:
-        environments = molecule.environments([pair for pair in pairs if pair])
+        environments = molecule.environments([pair for pair in pairs if isinstance(pair, molecule.Pair)])
         shuffles = grounding.permutations(int(valid.sum()), n_shuffles, seed)
         extra, shuffled = grounding.of_molecules(environments, per_example["morgan"][valid], shuffles)
         per_example["morgan_grounding"] = np.full(len(valid), np.nan)
@@ -249,10 +252,12 @@ def _frechet_distances(references, predictions, valid, wanted: bool, cache_dir, 
     if not wanted:
         return {}, dict.fromkeys(chemnet.RULES, "not asked for")
     ours = [p for p, ok in zip(predictions, valid, strict=True) if ok]
-    canonical = molecule.in_processes(molecule.canonical, [*references, *ours], num_workers)
-    sides = canonical[: len(references)], canonical[len(references) :]
+    both = in_processes(canonical, [*references, *ours], num_workers)
+    sides = [
+        [s for s in side if s and not isinstance(s, Unfinished)] for side in (both[: len(valid)], both[len(valid) :])
+    ]
     if min(map(len, sides)) < 2:
-        reason = f"needs two valid molecules on each side, found {len(references)} and {len(ours)}"
+        reason = f"needs two valid molecules on each side, found {len(sides[0])} and {len(sides[1])}"
         return {}, dict.fromkeys(chemnet.RULES, reason)
     why = "a resample repeats molecules, which biases a covariance and with it the distance"
     return {
@@ -260,7 +265,7 @@ def _frechet_distances(references, predictions, valid, wanted: bool, cache_dir, 
             "value": chemnet.distance(*sides, rule, cache_dir),
             "ci95": None,
             "ci95_absent": why,
-            "n": len(ours),
+            "n": len(sides[1]),
         }
         for key, rule in chemnet.RULES.items()
     }, {}

@@ -6,11 +6,16 @@ beside each other. Tiles alike in the number of keys share one SDPA call, at mos
 from a small book (`Shapes`): kernels that plan or compile a shape do so a few times a run. What is cut is cut on the
 CPU (`cut`), and sent to the device in one copy.
 
+FlexAttention (`flex`) computes the same from the row as it is, one block of 128 x 128 after the other, where a GPU
+compiles it: no gathering, no padding. `measure` says which of the two is faster there.
+
 It is registered with transformers as the attention `TREE`; without tiles it is plain attention (with the model's
 sinks or soft cap, which SDPA doesn't know), so that the same model generates and scores padded rows.
 """
 
+import functools
 import math
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -203,6 +208,36 @@ def cut(subtree_end: np.ndarray, shapes: Shapes) -> tuple[list[tuple[int, int]],
     }
 
 
+def flex_blocks(
+    subtree_end: np.ndarray, depth: np.ndarray, window: int | None, chunk: int | None, size: int = 128
+) -> dict[str, np.ndarray]:
+    """FlexAttention's lists of key blocks for each block of queries, from the ranges of the tree: O((T / size)^2).
+
+    `some` (n,) and `some_at` (n, n) number and list the blocks that a mask has to be looked at in, `all` and `all_at`
+    those that every query of the block sees whole.
+    """
+    T = len(subtree_end)
+    n = -(-T // size)
+    padded = lambda values, with_: np.pad(values, (0, n * size - T), constant_values=with_).reshape(n, size)
+    ends_last, ends_first = padded(subtree_end, 0).max(1), padded(subtree_end, T).min(1)
+    shallow, deep = padded(depth, 1 << 40).min(1), padded(depth, 0).max(1)
+    start = np.arange(n) * size
+    query, key = np.arange(n)[:, None], np.arange(n)[None, :]
+    seen = (key <= query) & (ends_last[key] > start[query])
+    whole = (key < query) & (ends_first[key] >= np.minimum(start + size, T)[query])
+    if window is not None:
+        seen &= shallow[query] - deep[key] < window
+        whole &= deep[query] - shallow[key] < window
+    if chunk is not None:
+        seen &= (shallow[query] // chunk <= deep[key] // chunk) & (deep[query] // chunk >= shallow[key] // chunk)
+        whole &= (shallow[query] // chunk == deep[key] // chunk) & (deep[query] // chunk == shallow[key] // chunk)
+    lists = {}
+    for name, blocks in (("some", seen & ~whole), ("all", whole)):
+        lists[name] = blocks.sum(1)
+        lists[f"{name}_at"] = np.argsort(~blocks, axis=1, kind="stable")
+    return lists
+
+
 # --- on the device
 
 
@@ -215,6 +250,7 @@ class Tiles:
     depth: torch.Tensor  # (T,)
     kinds: list[tuple[int | None, int | None]]  # (window, chunk) of each kind of layer
     biases: dict = field(default_factory=dict)
+    flex: list = field(default_factory=list)  # a BlockMask for each kind, where FlexAttention does it
 
     def bias(self, kind: int, dtype: torch.dtype, groups: int) -> list[torch.Tensor]:
         """(B, 1, TILE x groups, K) a call, 0 where the query sees the key, else -inf; made once, for all layers."""
@@ -268,6 +304,9 @@ def tree_attention(module, query, key, value, attention_mask, tree_blocks: Tiles
         return _plain(module, query, key, value, attention_mask, **kwargs), None
     if attention_mask is None:
         raise ValueError(f"{type(module).__name__} was given no mask; it can't score a tree")
+    kind = attention_mask.shape[-1] - 1
+    if tree_blocks.flex:
+        return _flex(query, key, value, tree_blocks.flex[kind], **kwargs), None
     heads, shared = query.shape[1], key.shape[1]
     groups = heads // shared
     index = tree_blocks.index
@@ -280,7 +319,7 @@ def tree_attention(module, query, key, value, attention_mask, tree_blocks: Tiles
     dtype = query.dtype
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
-    biases = tree_blocks.bias(attention_mask.shape[-1] - 1, dtype, groups)
+    biases = tree_blocks.bias(kind, dtype, groups)
     outputs = []
     for (tiles, _), q, k, v, bias in zip(
         tree_blocks.calls, per_call(queries, slots), per_call(keys, held), per_call(values, held), biases, strict=True
@@ -337,6 +376,90 @@ def _plain(module, query, key, value, mask, **kwargs):
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     bias = bias[..., :K].expand(len(query), -1, Q, K) if bias.dim() == 4 else bias.expand(len(query), 1, Q, K)
     return _attend(query, key, value, bias, **kwargs).transpose(1, 2).contiguous()
+
+
+# --- FlexAttention
+
+
+def block_mask(lists: dict[str, torch.Tensor], subtree_end, depth, window: int | None, chunk: int | None):
+    """FlexAttention's mask of one kind of layer, from `flex_blocks`; all on the device, nothing is T x T."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def sees(batch, head, query, key):
+        seen = (key <= query) & (query < subtree_end[key])
+        if window is not None:
+            seen &= depth[query] - depth[key] < window
+        if chunk is not None:
+            seen &= depth[query] // chunk == depth[key] // chunk
+        return seen
+
+    of = lambda name: lists[name].to(torch.int32)[None, None]
+    return BlockMask.from_kv_blocks(
+        of("some"), of("some_at"), of("all"), of("all_at"), BLOCK_SIZE=128, mask_mod=sees, seq_lengths=(len(depth),) * 2
+    )
+
+
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _flex(query, key, value, mask, *, scaling=None, dropout=0.0, s_aux=None, softcap=None, **_):
+    """(1, T, heads, head size), compiled on a GPU; eager on a CPU, which has no backward pass."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if dropout:
+        raise ValueError("FlexAttention knows no dropout of attention weights; set the model's attention_dropout to 0")
+    attention = _compiled_flex() if query.is_cuda else flex_attention
+    capped = None if softcap is None else lambda score, *_: softcap * torch.tanh(score / softcap)
+    out, lse = attention(
+        query, key, value, score_mod=capped, block_mask=mask, scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1], return_lse=True,
+    )  # fmt: skip
+    if s_aux is not None:  # a key without value: it takes its share of each query's weight
+        out = out * torch.sigmoid(lse - s_aux.view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
+    return out.transpose(1, 2).contiguous()
+
+
+def time_forms(
+    tree, heads: int, shared: int, size: int, dtype: torch.dtype, forms=("tiles", "flex"), repeats: int = 5
+) -> dict[str, float]:
+    """Seconds of one layer's attention on `tree.device`, forward and backward, in each form ("mask": one over the row).
+
+    Medians of `repeats` after two passes that compile or plan. On a CPU "flex" is a forward pass alone.
+    """
+    from lmolt.models.tree import attention_inputs  # which imports this file
+
+    device = torch.device(tree.device)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal, module.training = heads // shared, True, True
+    T = len(tree.input_ids)
+    make = lambda n: torch.randn(1, T, n, size, device=device, dtype=dtype).transpose(1, 2)
+    query, key, value = (
+        make(n).requires_grad_(device.type != "cpu" or "flex" not in forms) for n in (heads, shared, shared)
+    )
+    timed = {}
+    for form in forms:
+        if form == "mask":
+            mask, blocks = torch.from_numpy(tree.attention_mask())[None, None].to(device), None
+        else:
+            _, blocks = attention_inputs(tree, [(None, None)], form)
+            mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device)
+        took = []
+        for _ in range(repeats + 2):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            out = tree_attention(module, query, key, value, mask, blocks, scaling=size**-0.5)[0]
+            if out.requires_grad:
+                out.sum().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            took.append(time.perf_counter() - start)
+        timed[form] = sorted(took[2:])[repeats // 2]
+    return timed
 
 
 AttentionInterface.register(TREE, tree_attention)

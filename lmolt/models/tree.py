@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lmolt.models.attention import TREE, Shapes, Tiles, check_row, cut, layer_kinds
+from lmolt.models.attention import TREE, Shapes, Tiles, block_mask, check_row, cut, flex_blocks, layer_kinds
 
 IGNORED = -100
 
@@ -105,24 +105,21 @@ def build_tree(sequences: list[tuple[list[int], list[int]]]) -> Tree:
     )
 
 
-def tree_logps(model, tree: Tree, score_chunk: int | None = None) -> torch.Tensor:
+def tree_logps(model, tree: Tree, score_chunk: int | None = None, attention: str = "tiles") -> torch.Tensor:
     """Summed log-probability of each sequence's output, (N,) summed in float64, from one forward pass of `model`.
 
     `model` may be wrapped (DDP, DeepSpeed, FSDP, PEFT): the pass goes through its own `forward`. `score_chunk`
     positions have logits at one time; by default 1,024 on an accelerator (fewer passes over the head's weights than
-    its memory is fast) and 256 on a CPU (whose caches they leave).
+    its memory is fast) and 256 on a CPU (whose caches they leave). `attention` is "tiles" or "flex"
+    (lmolt/models/attention.py), the same numbers.
     """
     config = getattr(model, "module", model).config  # a DeepSpeed engine's own `config` is another
     text = config.get_text_config()
     device = torch.device(tree.device)
     kinds = layer_kinds(text)
     check_row(text, len(tree.input_ids))
-    arrays = {name: value for name, value in vars(tree).items() if name not in ("device", "subtree_end")}
     tiled = config._attn_implementation == TREE
-    if tiled:
-        calls, index = cut(tree.subtree_end, SHAPES[torch.is_grad_enabled()])
-        arrays |= index
-    sent = _send(arrays, device)
+    sent, tiles = attention_inputs(tree, list(kinds.values()), attention if tiled else None)
     inputs = {
         "input_ids": sent["input_ids"][None],
         "position_ids": sent["position_ids"][None],
@@ -130,7 +127,7 @@ def tree_logps(model, tree: Tree, score_chunk: int | None = None) -> torch.Tenso
         "use_cache": False,
     }
     if tiled:
-        inputs["tree_blocks"] = Tiles(calls, sent, sent["position_ids"], list(kinds.values()))
+        inputs["tree_blocks"] = tiles
         # of no content: by its size the attention knows which mask the model chose for a layer
         masks = {kind: torch.empty(1, 1, 1, 1 + i, dtype=torch.bool, device=device) for i, kind in enumerate(kinds)}
     else:
@@ -148,6 +145,31 @@ def tree_logps(model, tree: Tree, score_chunk: int | None = None) -> torch.Tenso
     scored = scored.double()  # sums of a hundred terms near -6 lose 1e-4 in fp32, as much as a close margin
     total = scored.new_zeros(len(tree.num_tokens))
     return total.index_add(0, sent["members"][1], scored[sent["members"][0]])
+
+
+def attention_inputs(tree: Tree, kinds: list, form: str | None) -> tuple[dict[str, torch.Tensor], Tiles | None]:
+    """The tree's arrays on its device, (window, chunk) of each kind of layer given, and what the attention needs there.
+
+    All that is cut or listed is so on the CPU, and one copy brings it to the device.
+    """
+    arrays = {name: value for name, value in vars(tree).items() if name != "device"}
+    calls, names = [], ("some", "some_at", "all", "all_at")
+    if form == "tiles":
+        calls, index = cut(tree.subtree_end, SHAPES[torch.is_grad_enabled()])
+        arrays |= index
+    elif form == "flex":
+        for i, limits in enumerate(kinds):
+            lists = flex_blocks(tree.subtree_end, tree.position_ids, *limits)
+            arrays |= {f"{name} {i}": lists[name] for name in names}
+    sent = _send(arrays, torch.device(tree.device))
+    if form is None:
+        return sent, None
+    tiles = Tiles(calls, sent, sent["position_ids"], kinds)
+    if form == "flex":
+        for i, limits in enumerate(kinds):
+            of_kind = {name: sent[f"{name} {i}"] for name in names}
+            tiles.flex.append(block_mask(of_kind, sent["subtree_end"], sent["position_ids"], *limits))
+    return sent, tiles
 
 
 def _send(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:

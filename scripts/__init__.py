@@ -1,0 +1,1 @@
+"""The commands; an installed LMolT has them as lmolt.commands."""
