@@ -71,13 +71,14 @@ def write_card(folder: Path, output_dir: Path, run: dict) -> None:
     state = json.loads((folder / "trainer_state.json").read_text())
     efficiency = json.loads((folder / "efficiency.json").read_text())
     emissions = read_emissions(output_dir / "emissions.csv")
+    kind = "pairs" if arguments["pairs"] else "triples"
     rows = {
         "base model": f"`{base}`{f', revision `{revision}`' if revision else ''}" + described_merge(Path(base)),
         "continues": f"`{arguments['adapter']}`" if arguments["adapter"] else "nothing: a fresh adapter",
         "loss": f"`{loss['name']}`: {loss['definition']}",
         **loss["parameters"],
         "reference": run["reference"],
-        "triples": f"`{Path(arguments['triples']).name}`, SHA-256 `{data['triples_sha256']}`",
+        kind: f"`{Path(arguments[kind]).name}`, SHA-256 `{data['sha256']}`",
         "trained on": ", ".join(f"{n} {direction}" for direction, n in data["train"].items()),
         "held out": ", ".join(f"{n} {direction}" for direction, n in data["evaluation"].items()) or "none",
         "dropped": ", ".join(f"{n} {cause}" for cause, n in data["dropped"].items()) or "none",

@@ -2,6 +2,7 @@
 
     accelerate launch scripts/train_pref.py --loss cpo
     accelerate launch scripts/train_pref.py --loss dpo --model FOLDER_OR_HUB_ID --triples triples.parquet
+    accelerate launch scripts/train_pref.py --loss sft --model FOLDER_OR_HUB_ID --pairs pairs.csv
     accelerate launch scripts/train_pref.py --loss cpo --resume_from_checkpoint true
     accelerate launch scripts/train_pref.py --loss cpo --push_to_hub --hub_model_id OWNER/NAME
 
@@ -28,13 +29,14 @@ from transformers import set_seed
 from transformers.utils import logging as hf_logging
 
 from lmolt import hub, ownership
-from lmolt.data.pairs import DEMO
+from lmolt.data.pairs import DEMO, read_pairs
 from lmolt.data.triples import read_triples
 from lmolt.distributed import strategy
 from lmolt.distributed.preemption import PreemptionCallback
 from lmolt.files import SHIPPED, run_main, sha256_file, versions
 from lmolt.models import loading
 from lmolt.models.adapters import check_made_for
+from lmolt.prompts import COLUMNS
 from lmolt.recipes import apply_recipe, describe_unknown
 from lmolt.training import batches, checkpoints, identity
 from lmolt.training.arguments import PreferenceArguments, build_parser, show_all
@@ -56,14 +58,14 @@ def parse_arguments(argv: list[str]) -> PreferenceArguments:
     if "--help_all" in argv:
         parser.exit(message=show_all(parser).format_help())
     given = {argument.split("=")[0] for argument in argv}
-    default = None if given & {"--model", "--triples", "--recipe"} else SHIPPED / "recipes" / "demo.yaml"
+    default = None if given & {"--model", "--triples", "--pairs", "--recipe"} else SHIPPED / "recipes" / "demo.yaml"
     recipe = apply_recipe(parser, argv, default)
     args, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         raise ValueError(describe_unknown(unknown, parser._option_string_actions))
     if args.fp16 and ({"--bf16"} & given or recipe.get("bf16")) and recipe.get("bf16") is not False:
         raise ValueError("--bf16 and --fp16 were both given; choose one")
-    if not args.model or not args.triples:
+    if not args.model or not (args.triples or args.pairs):
         raise ValueError("give both --model and --triples (or neither, nor --recipe, for the embedded default)")
     return args
 
@@ -84,7 +86,7 @@ def build_demo() -> None:
 def check_output_dir(args: PreferenceArguments) -> Path | None:
     """The checkpoint to resume from, if that was asked for; an error before anything of value is overwritten."""
     output_dir = Path(args.output_dir)
-    inputs = {f"--{name}": getattr(args, name) for name in ("model", "adapter", "triples", "eval_triples")}
+    inputs = {f"--{name}": getattr(args, name) for name in ("model", "adapter", "triples", "pairs", "eval_triples")}
     ownership.check_inputs("--output_dir", output_dir, inputs)
     if args.process_index == 0:
         ownership.hold(output_dir)
@@ -135,9 +137,20 @@ def split_by_source(triples: list[dict], fraction: float) -> tuple[list[dict], l
     return [t for t in triples if t["source"] not in held_out], [t for t in triples if t["source"] in held_out]
 
 
+def pairs_both_ways(file: str) -> list[dict]:
+    """A table of pairs as rows in both directions, which have no dis-preferred output; of its split `train`, if any."""
+    pairs = read_pairs(file, default_split="train")
+    return [
+        {"id": pair["id"], "direction": direction, "source": pair[source], "chosen": pair[target]}
+        for pair in pairs
+        for direction, (source, target) in COLUMNS.items()
+    ]
+
+
 def read_examples(args: PreferenceArguments, tokenizer) -> tuple[list, list, Counter]:
     """Tokenized triples to train on and held out, and how many were dropped, by cause."""
-    train = read_triples(args.triples)
+    data = args.triples or args.pairs
+    train = read_triples(data) if args.triples else pairs_both_ways(data)
     if args.eval_triples:
         held_out = read_triples(args.eval_triples)
     else:
@@ -155,7 +168,7 @@ def read_examples(args: PreferenceArguments, tokenizer) -> tuple[list, list, Cou
     asked = len(held_out)
     (train, dropped), (held_out, more) = encode(train), encode(held_out)
     if not train:
-        raise ValueError(f"{args.triples}: no triple is left to train on ({dict(dropped) or 'all are held out'})")
+        raise ValueError(f"{data}: no row is left to train on ({dict(dropped) or 'all are held out'})")
     if asked and not held_out:
         logger.warning("none of the %d held-out triples is left: %s", asked, dict(more))
     if "z" in reads:
@@ -176,7 +189,8 @@ def main(argv: list[str]) -> None:
     checkpoint = strategy.first_decides(lambda: check_output_dir(args))
     if checkpoint is not None:
         strategy.all_agree(not checkpoint.is_dir() and f"{checkpoint} isn't there for all; the disk isn't shared")
-    if DEMO.resolve() in Path(args.triples).resolve().parents:
+    data = args.triples or args.pairs
+    if DEMO.resolve() in Path(data).resolve().parents:
         with args.main_process_first(desc="building what the embedded default lacks"):
             build_demo()
 
@@ -187,7 +201,7 @@ def main(argv: list[str]) -> None:
         strategy.first_decides(lambda: check_made_for(args.adapter, args.model, args.revision))
     tokenizer = loading.load_tokenizer(args.model, args.revision, args.trust_remote_code)
     train, held_out, dropped = read_examples(args, tokenizer)
-    say(f"reads {args.triples}: {count(train)} to train on, {count(held_out)} held out, {dict(dropped) or 0} dropped")
+    say(f"reads {data}: {count(train)} to train on, {count(held_out)} held out, {dict(dropped) or 0} dropped")
     if not held_out:
         args.eval_strategy, args.load_best_model_at_end, args.early_stopping_patience = "no", False, None
         say("no held-out triples: nothing is evaluated, and the last model is kept instead of the best")
@@ -230,6 +244,8 @@ def main(argv: list[str]) -> None:
         alpha=args.lora_alpha,
         dropout=args.lora_dropout,
         target_modules=args.lora_target_modules,
+        use_dora=args.use_dora,
+        use_rslora=args.use_rslora,
         revision=args.revision,
     )
     changeable = identity.may_change(args, software)
@@ -259,7 +275,7 @@ def main(argv: list[str]) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     # --- save
-    data = {"train": count(train), "evaluation": count(held_out), "dropped": dict(dropped)}
+    rows = {"train": count(train), "evaluation": count(held_out), "dropped": dict(dropped)}
     save_finished(
         trainer,
         {
@@ -272,7 +288,7 @@ def main(argv: list[str]) -> None:
             "step": trainer.kept_step or trainer.state.global_step,
             "strategy": trainer.strategy,
             "world_size": args.world_size,
-            "data": {"triples_sha256": sha256_file(args.triples)} | data,
+            "data": {"sha256": sha256_file(data)} | rows,
             "versions": software,
             "licence": licence,
         },

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lmolt import ownership
 from lmolt.data.triples import write_triples
+from lmolt.files import write_table
 from lmolt.training.checkpoints import last_good_checkpoint, what_is_wrong, write_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +57,7 @@ def test_qlora_run_leaves_everything_that_belongs_to_an_adapter(tmp_path, tiny_p
     assert not [path for path in out.iterdir() if path.suffix == ".bin"]
     run_record = json.loads((out / "run.json").read_text())
     assert run_record["arguments"]["loss"] == "dpo"
-    assert len(run_record["data"]["triples_sha256"]) == 64
+    assert len(run_record["data"]["sha256"]) == 64
     assert json.loads((out / "efficiency.json").read_text())["scored_tokens"] > 0
     assert "Eq. 5" in (out / "README.md").read_text()
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_policy), out)
@@ -76,6 +77,7 @@ def script():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--pairs", "p.csv"], "--pairs and --triples were both given; choose one"),
         (["--loss", "ppo"], "--loss is 'ppo'; use one of sft, dpo"),
         (["--triples", "missing.parquet"], "missing.parquet: no such file"),
         (["--model", "./nowhere"], "'./nowhere' doesn't exist"),
@@ -154,6 +156,38 @@ def test_overwriting_deletes_what_the_run_wrote_and_nothing_else(script, tmp_pat
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.glob("out/checkpoint-*/*")) == ["notes.txt"]
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 1
+
+
+def test_sft_of_pairs_is_sft_of_triples(script, tmp_path, tiny_policy, few_triples):
+    pairs = [{"id": t["id"], "molecule": t["source"], "caption": t["chosen"]} for t in few_triples[::2]]
+    both = {"mol2cap": ("molecule", "caption"), "cap2mol": ("caption", "molecule")}
+    triples = [
+        {"id": p["id"], "direction": d, "source": p[source], "chosen": p[target], "rejected": "C" * 3000}
+        for p in pairs
+        for d, (source, target) in both.items()
+    ]
+    write_table(pairs, tmp_path / "pairs.csv")
+    write_table(triples, tmp_path / "triples.jsonl")
+    base = ["--loss", "sft", "--model", str(tiny_policy), "--load_in_4bit", "false", "--bf16", "false"]
+    base += ["--max_steps", "2", "--gradient_accumulation_steps", "4", "--eval_fraction", "0", "--save_strategy", "no"]
+    for kind in ("pairs.csv", "triples.jsonl"):
+        flag = f"--{kind.split('.')[0]}"
+        script.main([*base, flag, str(tmp_path / kind), "--output_dir", str(tmp_path / flag)])
+    adapters = [load_file(tmp_path / flag / "adapter_model.safetensors") for flag in ("--pairs", "--triples")]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    assert "| pairs | `pairs.csv`, SHA-256" in (tmp_path / "--pairs" / "README.md").read_text()
+    with pytest.raises(ValueError, match="--loss cpo reads dis-preferred outputs, which --pairs have not"):
+        script.main([*base, "--loss", "cpo", "--pairs", str(tmp_path / "pairs.csv")])
+
+
+def test_variants_of_lora_are_peft_s_and_stand_in_the_card(script, tmp_path, tiny_policy, triples_file):
+    base = ["--model", str(tiny_policy), "--triples", str(triples_file), "--load_in_4bit", "false", "--bf16", "false"]
+    base += ["--max_steps", "1", "--gradient_accumulation_steps", "4", "--save_strategy", "no", "--lora_r", "4"]
+    script.main([*base, "--use_dora", "--use_rslora", "--output_dir", str(tmp_path / "dora")])
+    config = json.loads((tmp_path / "dora" / "adapter_config.json").read_text())
+    assert config["use_dora"] and config["use_rslora"]
+    assert any("magnitude" in name for name in load_file(tmp_path / "dora" / "adapter_model.safetensors"))
+    assert "DoRA True, rsLoRA True" in (tmp_path / "dora" / "README.md").read_text()
 
 
 def test_no_traceback_for_a_mistake(tmp_path):

@@ -188,7 +188,16 @@ def _harmless(key: str, config) -> bool:
 
 
 def add_adapter(
-    model, adapter: str | None, *, r: int, alpha: int, dropout: float, target_modules: str, revision: str | None = None
+    model,
+    adapter: str | None,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float,
+    target_modules: str,
+    use_dora: bool = False,
+    use_rslora: bool = False,
+    revision: str | None = None,
 ):
     """The trainable policy: a fresh LoRA (B = 0, so the policy starts as its base), or `adapter` continued.
 
@@ -209,6 +218,8 @@ def add_adapter(
         lora_dropout=dropout,
         target_modules=_targets(model, target_modules),
         bias="none",
+        use_dora=use_dora,
+        use_rslora=use_rslora,
     )
     return get_peft_model(model, config, revision=revision)
 

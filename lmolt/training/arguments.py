@@ -80,6 +80,10 @@ class PreferenceArguments(_Parameters):
     revision: str | None = field(default=None, metadata={"help": "revision of --model on the Hub"})
     adapter: str | None = field(default=None, metadata={"help": "continue this LoRA adapter; it is then the reference"})
     triples: str | None = field(default=None, metadata={"help": "preference triples, .parquet or .jsonl"})
+    pairs: str | None = field(
+        default=None,
+        metadata={"help": "of a loss without dis-preferred outputs (sft), in the place of triples: a table"},
+    )
     eval_triples: str | None = field(default=None, metadata={"help": "validation triples; default: --eval_fraction"})
     eval_fraction: float | None = field(
         default=None,
@@ -94,6 +98,14 @@ class PreferenceArguments(_Parameters):
     lora_dropout: float | None = field(default=None, metadata={"help": "dropout before a fresh adapter; default 0.1"})
     lora_target_modules: str | None = field(
         default=None, metadata={"help": "what a fresh adapter adapts: all-linear (default), or names with commas"}
+    )
+
+    use_dora: bool = field(
+        default=False, metadata={"help": "DoRA: a fresh adapter learns magnitudes apart from directions"}
+    )
+    use_rslora: bool = field(
+        default=False,
+        metadata={"help": "rank-stabilised LoRA: a fresh adapter's scale is alpha / sqrt(r)"},
     )
 
     max_length: int = field(default=1024, metadata={"help": "most tokens of a prompt and one output"})
@@ -154,6 +166,13 @@ class PreferenceArguments(_Parameters):
         self.report_to = self._trackers()
         self._check_unused()
         self._fill_parameters()
+        if self.pairs and self.triples:
+            raise ValueError("--pairs and --triples were both given; choose one")
+        if self.pairs and "rejected" in LOSSES[self.loss].reads:
+            raise ValueError(
+                f"--loss {self.loss} reads dis-preferred outputs, which --pairs have not; make triples of them with "
+                "scripts/make_triples.py, or take --loss sft"
+            )
         if self.hub_token is not None:
             raise ValueError("--hub_token would show in the shell's history; use `hf auth login`, or set HF_TOKEN")
         if not (torch.cuda.is_available() or is_torch_xpu_available() or is_torch_npu_available()):
@@ -193,7 +212,7 @@ class PreferenceArguments(_Parameters):
         ]
         trackers = [name for name in self.report_to if name != "none"]
         wrong = [
-            *unless(self.adapter is None, " ".join(LORA), "--adapter brings its own"),
+            *unless(self.adapter is None, " ".join(LORA) + " use_dora use_rslora", "--adapter brings its own"),
             *unless(self.eval_triples is None, "eval_fraction", "--eval_triples are held out"),
             *unless(self.eval_translations, "eval_max_new_tokens", "there are no --eval_translations"),
             *unless(self.packing == "tree", "score_chunk", "--packing padded has no chunks"),
@@ -304,10 +323,10 @@ def _default(name: str):
 # --- flags
 
 OWN = {  # what --help shows, in groups; the rest is behind --help_all
-    "model and data": "model revision adapter triples eval_triples eval_fraction max_length max_length_policy "
+    "model and data": "model revision adapter triples pairs eval_triples eval_fraction max_length max_length_policy "
     "trust_remote_code",
     "loss": "loss " + " ".join(PARAMETERS),
-    "adapter": "load_in_4bit lora_r lora_alpha lora_dropout lora_target_modules",
+    "adapter": "load_in_4bit lora_r lora_alpha lora_dropout lora_target_modules use_dora use_rslora",
     "steps": "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps optim weight_decay max_grad_norm "
     "per_device_train_batch_size gradient_accumulation_steps tokens_per_batch packing score_chunk seed bf16 fp16 "
     "gradient_checkpointing",

@@ -20,6 +20,7 @@ OWN_MAY_CHANGE = (
     "revision",
     "adapter",
     "triples",
+    "pairs",
     "eval_triples",
     "overwrite_output_dir",
     "trust_remote_code",
@@ -31,8 +32,8 @@ def of_inputs(args) -> dict:
     """What is known before the model is loaded: content of all inputs, loss, and each flag that may not change."""
     inputs = model_hashes(args.model, args.revision)
     inputs["start adapter"] = adapter_hash(args.adapter) if args.adapter else None
-    inputs["--triples"] = content_hash(args.triples)
-    inputs["--eval_triples"] = content_hash(args.eval_triples) if args.eval_triples else None
+    for name in ("triples", "pairs", "eval_triples"):
+        inputs[f"--{name}"] = content_hash(getattr(args, name)) if getattr(args, name) else None
     own = args.loss_parameters
     skipped = {*flags.MAY_CHANGE, *flags.REFUSED, *OWN_MAY_CHANGE, *(PARAMETERS.keys() - own.keys())}
     fixed = {f"--{name}": value for name, value in args.to_dict().items() if name not in skipped}
