@@ -253,6 +253,7 @@ def main(argv: list[str]) -> None:
     if checkpoint is not None:
         trainer.check_resumable(checkpoint)
     trainer.add_callback(PreemptionCallback())
+    trainer.check_model()
 
     # --- reference
     reference_name = "none (the loss has no reference)"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, Gemma2Config
 
 from lmolt.models import loading
 from lmolt.models.attention import Tiles
@@ -205,12 +205,34 @@ def test_long_rows_are_an_error_or_counted(tiny_policy, few_triples):
     assert dropped == {"over 200 tokens (mol2cap)": 2}
 
 
-def test_a_mask_that_the_model_ignores_is_refused(tiny_policy, few_triples, tmp_path, monkeypatch):
-    trainer = make_trainer(tiny_policy, few_triples, tmp_path)
+def test_a_mask_that_the_model_ignores_is_seen_and_rows_are_padded(
+    tiny_policy, few_triples, tmp_path, monkeypatch, capsys
+):
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path, loss="cpo", max_steps=1)
     bias = Tiles.bias
     monkeypatch.setattr(Tiles, "bias", lambda *args: [0 * b.clamp(min=-1) for b in bias(*args)])  # each sees all
-    with pytest.raises(ValueError, match="--packing padded"):
-        trainer.train()
+    trainer.check_model()
+    first, second = [line for line in capsys.readouterr().out.splitlines() if line.startswith("self-check")]
+    assert "tree-packed scoring differs from plain attention on 6 sequences of up to" in first
+    assert first.endswith("; not used") and "padded scoring equals plain attention on 6 sequences" in second
+    assert trainer.args.packing == "padded"
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused(tiny_policy, few_triples, tmp_path):
+    config = BertConfig(
+        vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    bert = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # so that tokens see each other
+        for parameter in bert.parameters():
+            parameter.normal_(std=0.3)
+    bert.save_pretrained(tmp_path / "bert")
+    loading.load_tokenizer(str(tiny_policy)).save_pretrained(tmp_path / "bert")
+    trainer = make_trainer(tmp_path / "bert", few_triples, tmp_path, loss="cpo")
+    with pytest.raises(ValueError, match="bert: a token's probability changes by .* so this is no causal"):
+        trainer.check_model()
 
 
 def test_collapse_is_warned_of(caplog, tiny_policy, few_triples, tmp_path):
@@ -378,7 +400,10 @@ def test_training_stops_at_the_first_loss_that_is_not_finite(tiny_policy, few_tr
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
-def test_a_model_without_tree_attention_trains_on_padded_rows(tiny_policy, few_triples, tmp_path, caplog):
+@pytest.mark.parametrize("kind, packing", [("gemma2", "tree"), ("bloom", "padded")])
+def test_a_soft_cap_is_in_the_tree_and_alibi_trains_on_padded_rows(
+    kind, packing, tiny_policy, few_triples, tmp_path, capsys
+):
     config = Gemma2Config(
         vocab_size=512,
         hidden_size=64,
@@ -388,10 +413,15 @@ def test_a_model_without_tree_attention_trains_on_padded_rows(tiny_policy, few_t
         num_key_value_heads=2,
         head_dim=16,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma")
-    loading.load_tokenizer(str(tiny_policy)).save_pretrained(tmp_path / "gemma")
-    trainer = make_trainer(tmp_path / "gemma", few_triples, tmp_path, per_device_train_batch_size=8, max_steps=1)
+    if kind == "bloom":
+        config = BloomConfig(vocab_size=512, hidden_size=64, n_layer=2, n_head=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
+    loading.load_tokenizer(str(tiny_policy)).save_pretrained(tmp_path / kind)
+    trainer = make_trainer(tmp_path / kind, few_triples, tmp_path, per_device_train_batch_size=8, max_steps=1)
+    trainer.check_model()
     trainer.train()
-    assert trainer.args.packing == "padded"
-    assert "gemma2 takes no tree mask" in caplog.text
-    assert trainer.efficiency.padding_tokens > 0
+    said = capsys.readouterr().out
+    assert trainer.args.packing == packing
+    assert ("bloom: its class takes no attention function; rows are padded" in said) == (kind == "bloom")
+    assert f"{packing}{'-packed' * (packing == 'tree')} scoring equals plain attention" in said
+    assert (trainer.efficiency.padding_tokens > 0) == (packing == "padded")

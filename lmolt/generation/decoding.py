@@ -1,10 +1,11 @@
 """The decoding of one batch of causal or sequence-to-sequence rows: greedy, sampled, or by beam search.
 
-Three ways, the fastest first; which of them a model's cache allows, and gets right, is found in routes.py:
+Four ways, the fastest first; which of them a model's cache allows, and gets right, is found in routes.py:
 
-    prefix    rows behind the keys and values of the tokens that they all share, our loop
-    batch     whole rows, padded on the left, our loop
-    generate  transformers' `generate`, rows of one length at a time: no padding, and whatever state the model carries
+    prefix     rows behind the keys and values of the tokens that they all share, our loop
+    batch      whole rows, padded on the left, our loop
+    generate   transformers' `generate`, rows of one length at a time: no padding, and whatever state the model carries
+    recompute  the same without a cache: each token from a pass over all before it
 """
 
 import copy
@@ -19,8 +20,6 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.cache_utils import DynamicLayer
 
 from lmolt.models.self_check import decoder_start
-
-ROUTES = ("prefix", "batch", "generate")
 
 
 @dataclass(frozen=True)
@@ -209,6 +208,7 @@ def generate(
     streams: list[random.Random] | None = None,
     *,
     logps: list[float] | None = None,
+    use_cache: bool = True,
 ) -> list[list[int]]:
     """As `decode`, rows of one length at a time, so that nothing is padded; also for penalties and beams.
 
@@ -218,7 +218,7 @@ def generate(
     for length in sorted({len(row) for row in rows}, reverse=True):
         at = [i for i, row in enumerate(rows) if len(row) == length]
         chooser = _Chooser(settings, [streams[i] for i in at] if streams else None, logps is not None)
-        outputs = _generate(model, ends, [rows[i] for i in at], settings, chooser)
+        outputs = _generate(model, ends, [rows[i] for i in at], settings, chooser, use_cache)
         for j, i in enumerate(at):
             found[i * settings.num_return : (i + 1) * settings.num_return] = outputs[
                 j * settings.num_return : (j + 1) * settings.num_return
@@ -233,7 +233,7 @@ def beam_search(model, ends: list[int], rows: list[list[int]], settings: Setting
     return _generate(model, ends, rows, settings, None)
 
 
-def _generate(model, ends, rows, settings: Settings, chooser: "_Chooser | None") -> list[list[int]]:
+def _generate(model, ends, rows, settings: Settings, chooser: "_Chooser | None", use_cache=True) -> list[list[int]]:
     seq2seq = model.config.is_encoder_decoder
     ids, mask = _pad(rows, left=not seq2seq, device=model.device)
     config = GenerationConfig(
@@ -243,6 +243,7 @@ def _generate(model, ends, rows, settings: Settings, chooser: "_Chooser | None")
         repetition_penalty=settings.repetition_penalty,
         no_repeat_ngram_size=settings.no_repeat_ngram_size,
         do_sample=False,
+        use_cache=use_cache,
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
         decoder_start_token_id=decoder_start(model) if seq2seq else None,

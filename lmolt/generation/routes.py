@@ -1,15 +1,16 @@
 """Which way of decoding.py a model is decoded by: what its cache allows, then what it is seen to get right."""
 
+import math
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import broadcast_object_list
 
-from lmolt.generation.decoding import ROUTES, Settings, decode, empty_cache, generate, read_prefix, takes
-from lmolt.models.self_check import Sequences, inner_model, plain, windows
+from lmolt.generation.decoding import Settings, decode, empty_cache, generate, read_prefix, takes
+from lmolt.models.self_check import Sequences, inner_model, plain, takes_attention, use_eager, windows
 
-NEW = 16  # tokens that are decoded to see whether a way is right
+NEW = 32  # tokens that are decoded to see whether a way is right
 
 _proven: WeakKeyDictionary = WeakKeyDictionary()  # model: {(way, whether rows exceed a window): it was right}
 
@@ -20,17 +21,18 @@ def possible(model, longest: int) -> list[str]:
     A prefix needs keys and values alone: a state (convolution, SSM, linear attention) would run on over the padding
     behind it. In a sliding window or a chunk, whose slots count padding too, it fits rows no longer than that.
     """
+    plainer = ["generate", "recompute"]
     if model.config.is_encoder_decoder:
-        return ["batch", "generate"]
+        return ["batch", *plainer]
     if not takes(model, "past_key_values"):
-        return ["generate"]
+        return plainer
     try:
         states = [type(layer).__name__ for layer in empty_cache(model).layers if "Linear" in type(layer).__name__]
     except (KeyError, AttributeError, TypeError, ValueError):  # its layers are of a kind that DynamicCache doesn't know
-        return ["generate"]
+        return plainer
     prefix = not states and not inner_model(model)._is_stateful and takes(model, "position_ids")
     fits = all(longest <= window for window in windows(model.config))
-    return ["prefix"] * (prefix and fits) + ["batch", "generate"]
+    return ["prefix"] * (prefix and fits) + ["batch", *plainer]
 
 
 def choose(model, rows: list[list[int]], prefix_length: int, settings: Settings, say: Callable, synced: bool) -> str:
@@ -45,16 +47,19 @@ def choose(model, rows: list[list[int]], prefix_length: int, settings: Settings,
     if prefix_length == 0 and "prefix" in candidates:
         candidates.remove("prefix")
     if not settings.plain:
-        candidates = ["generate"]
+        candidates = ["generate", "recompute"]
     over = any(longest + settings.max_new_tokens > window for window in windows(model.config))
     known = _proven.setdefault(model, {})
-    if not any(known.get((way, over)) for way in candidates):
-        for way in candidates:
-            if (way, over) not in known:
-                known[way, over] = _is_right(model, way, _sample(rows), prefix_length, settings, say)
-            if known[way, over]:
-                break
-    right = [next((way for way in candidates if known.get((way, over))), None)]
+    eager = [f"{way}, eager" for way in candidates] * takes_attention(type(inner_model(model)))
+    for way in [*candidates, *eager]:
+        if way in eager and model.config._attn_implementation != "eager":
+            use_eager(model)
+            say(f"{model.config.model_type}: decoded with its own eager attention")
+        if (way, over) not in known:
+            known[way, over] = _is_right(model, way.split(",")[0], _sample(rows), prefix_length, say)
+        if known[way, over]:
+            break
+    right = [next((way.split(",")[0] for way in [*candidates, *eager] if known.get((way, over))), None)]
     if synced:
         broadcast_object_list(right)
     if right[0] is None:
@@ -70,13 +75,15 @@ def _sample(rows: list[list[int]]) -> list[list[int]]:
     return [ordered[i] for i in sorted({0, len(ordered) // 2, len(ordered) - 1})]
 
 
-def _is_right(model, way: str, rows: list[list[int]], prefix_length: int, settings: Settings, say: Callable) -> bool:
-    settings = Settings(max_new_tokens=min(NEW, settings.max_new_tokens))
+def _is_right(model, way: str, rows: list[list[int]], prefix_length: int, say: Callable) -> bool:
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    room = positions if model.config.is_encoder_decoder else positions - max(map(len, rows))
+    settings = Settings(max_new_tokens=max(1, min(NEW, room)))
     logps = [0.0] * len(rows)
     with torch.inference_mode():
         try:
-            if way == "generate":
-                outputs = generate(model, [], rows, settings, logps=logps)
+            if way in ("generate", "recompute"):
+                outputs = generate(model, [], rows, settings, logps=logps, use_cache=way == "generate")
             elif way == "batch":
                 outputs = decode(model, [], rows, settings, [], logps=logps)
             else:
@@ -104,4 +111,9 @@ def _is_right(model, way: str, rows: list[list[int]], prefix_length: int, settin
     return found.holds
 
 
-NAMES = dict(zip(ROUTES, ("behind a shared prefix", "padded", "by generate, rows of one length"), strict=True))
+NAMES = {
+    "prefix": "behind a shared prefix",
+    "batch": "padded",
+    "generate": "by generate, rows of one length",
+    "recompute": "by generate without a cache",
+}

@@ -213,8 +213,8 @@ def translate(
         for batch in mine:
             ids = [rows[key][len(prefix) :] for key in batch]
             draws = [random.Random(streams[key]) for key in batch]
-            if route == "generate":
-                generated = generate(model, ends, ids, settings, draws)
+            if route in ("generate", "recompute"):
+                generated = generate(model, ends, ids, settings, draws, use_cache=route == "generate")
             elif num_beams > 1:
                 generated = beam_search(model, ends, ids, settings)
             else:

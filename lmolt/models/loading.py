@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lmolt.models.adapters import load_adapter
 from lmolt.models.attention import TREE
+from lmolt.models.self_check import takes_attention
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"}  # as PEFT knows the parts of an expert
@@ -122,8 +123,7 @@ def _attention(auto, config) -> str:
     """
     classes = auto._model_mapping.get(type(config), ())
     classes = classes if isinstance(classes, tuple | list) else (classes,)
-    takes_ours = lambda c: c._supports_attention_backend and c._can_set_attn_implementation() and c._supports_sdpa
-    return TREE if classes and all(map(takes_ours, classes)) else "eager"
+    return TREE if classes and all(map(takes_attention, classes)) else "eager"
 
 
 def _load(auto, name: str, config, attention: str | None, **kwargs):

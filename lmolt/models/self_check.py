@@ -1,6 +1,6 @@
 """A loaded model proved against itself: what is fast against plain attention, one row, no cache, on the same weights.
 
-    |sum log p (fast) - sum log p (plain)|  <=  FACTOR * sigma * sqrt(tokens)        in nats a sequence
+    |sum log p (fast) - sum log p (plain)|  <=  max(FLOOR, FACTOR * sigma * sqrt(tokens))        in nats a sequence
 
 sigma is what rounding does to one token's log-probability in this model at its precision. It is measured and not
 assumed: the plain pass is run again with each linear layer's output changed by as much as its rounding may. Errors of
@@ -10,6 +10,7 @@ model with large logits are not refused, and forty of a model that was trained a
 
 import inspect
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,8 +18,12 @@ import torch
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from lmolt.models.attention import why_not_tree
+from lmolt.models.tree import build_tree, padded_logps, tree_logps
+
 FACTOR = 8.0
-FLOOR = 2e-5  # nats a token: fp32 sums over a vocabulary, in another order
+LONGEST = 1024  # tokens of a sequence that is made longer than a window, where the data's are shorter
+FLOOR = 1e-3  # nats a sequence: an SSM's scan in chunks and its steps one by one differ by so much in fp32
 Sequences = list[tuple[list[int], list[int]]]
 
 
@@ -32,7 +37,7 @@ class Plain:
 
     def allowed(self) -> torch.Tensor:
         tokens = torch.tensor([len(output) for _, output in self.sequences], dtype=torch.float64)
-        return FACTOR * self.sigma * tokens.sqrt() + FLOOR * tokens
+        return (FACTOR * self.sigma * tokens.sqrt()).clamp(min=FLOOR)
 
     def compare(self, what: str, logps: torch.Tensor) -> "Comparison":
         """How `logps` (N,) of the same sequences differ from these: the sequence that is furthest over its bound."""
@@ -77,13 +82,78 @@ def plain(model, sequences: Sequences) -> Plain:
     return Plain(sequences, logps, math.sqrt(squares / tokens))
 
 
+def choose_scoring(model, sequences: Sequences, packing: str, device, context, say: Callable) -> str:
+    """How `model` is to score: "tree" or "padded", whichever of the two, from `packing` on, plain attention confirms.
+
+    `context` is the precision that training computes in. Where the numbers of neither hold, the model's own eager
+    attention is set, and then `ValueError`. `say` tells what was compared, and why a way was left.
+    """
+    with context():
+        known = plain(model, sequences)
+        refuse_if_later_tokens_count(model, sequences, known)
+    inner = inner_model(model)
+    if packing == "tree" and (reason := why_not_tree(inner)):
+        say(f"{inner.config.model_type}: {reason}; rows are padded instead of packed into trees")
+        packing = "padded"
+    ways = ["tree"] * (packing == "tree") + ["padded"] + ["padded, eager"] * takes_attention(type(inner))
+    for way in ways:
+        if way == "padded, eager":
+            use_eager(model)
+        try:
+            with torch.no_grad(), evaluating(model), context():
+                logps = score(model, sequences, way, device)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            say(f"self-check: {way} rows: {type(error).__name__}: {str(error)[:200]}; not used")
+            continue
+        found = known.compare(f"{way.replace('tree', 'tree-packed')} scoring", logps)
+        say(f"self-check: {found}" + "; not used" * (not found.holds))
+        if found.holds:
+            return way.split(",")[0]
+    raise ValueError(
+        f"{inner.config.model_type}: no way of scoring several sequences gives what plain attention does on the same "
+        f"weights ({found}); this model can't be trained here"
+    )
+
+
+def score(model, sequences: Sequences, way: str, device) -> torch.Tensor:
+    if way == "tree":
+        return tree_logps(model, build_tree(sequences).to(device))
+    return padded_logps(model, sequences)
+
+
+def takes_attention(model_class) -> bool:
+    """Whether the layers of a class call an attention function by name, so that another can be set."""
+    return model_class._supports_attention_backend and model_class._can_set_attn_implementation()
+
+
+def use_eager(model) -> None:
+    for config in _configs(model):
+        config._attn_implementation_internal = "eager"
+
+
+def at_hand(prompts_and_outputs: list[tuple[list[int], list[int], list[int]]], config) -> Sequences:
+    """What a run's own data offer for the check: both outputs of the two longest triples and of the shortest; and,
+    where layers see so many tokens only and none is longer, the longest one again behind its own prompt."""
+    ordered = sorted(prompts_and_outputs, key=lambda t: (len(t[0]) + max(len(t[1]), len(t[2])), t))
+    chosen = [ordered[i] for i in sorted({0, max(0, len(ordered) - 2), len(ordered) - 1})]
+    prompt, longest, _ = ordered[-1]
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    for window in windows(config):
+        repeats = 1 + window // len(prompt)
+        if len(prompt) + len(longest) <= window and len(prompt) * repeats + len(longest) <= min(LONGEST, positions):
+            chosen.append((prompt * repeats, longest, longest[:-1]))
+    return [(prompt, output) for prompt, *outputs in chosen for output in outputs if output]
+
+
 def refuse_if_later_tokens_count(model, sequences: Sequences, known: Plain) -> None:
     """`ValueError` for a model whose tokens see those behind them (BERT and its kin): it gives no log p(output)."""
     prompt, output = sequences[0]
     with torch.no_grad(), evaluating(model), plain_attention(model):
         alone = _row_logp(model, prompt, output[:1])
         before = _row_logp(model, prompt, output, first=True)
-    if not abs(alone - before) <= max(FACTOR * known.sigma, FLOOR) * 4:
+    if not abs(alone - before) <= max(FACTOR * known.sigma, FLOOR):
         raise ValueError(
             f"{inner_model(model).config.model_type}: a token's probability changes by {abs(alone - before):.2g} nats "
             "with the tokens behind it, so this is no causal language model; take one that is"
@@ -153,17 +223,19 @@ def evaluating(model):
 @contextmanager
 def plain_attention(model):
     """The model's own eager attention on the weights as they lie; a class that has no other keeps it."""
-    configs = {
-        id(c): c for m in inner_model(model).modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)
-    }
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    for config, _ in before:
-        config._attn_implementation_internal = "eager"
+    before = [(config, config._attn_implementation) for config in _configs(model)]
+    use_eager(model)
     try:
         yield
     finally:
         for config, attention in before:
             config._attn_implementation_internal = attention
+
+
+def _configs(model) -> list:
+    """The configurations that the model's modules read."""
+    found = (getattr(module, "config", None) for module in inner_model(model).modules())
+    return list({id(config): config for config in found if isinstance(config, PretrainedConfig)}.values())
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """The transformers Trainer with the paper's losses over preference trees."""
 
 import json
-import logging
 import math
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer
@@ -14,8 +14,8 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from lmolt import ownership
 from lmolt.distributed import strategy
-from lmolt.models import tree
-from lmolt.models.attention import TREE, Shapes
+from lmolt.models import self_check, tree
+from lmolt.models.attention import Shapes
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
 from lmolt.training import checkpoints, identity, reference
 from lmolt.training.arguments import PreferenceArguments
@@ -32,8 +32,6 @@ from lmolt.training.callbacks import FiniteLossCallback, OneLineProgress
 from lmolt.training.efficiency import Efficiency
 from lmolt.training.losses import LOSSES, kto_z
 from lmolt.training.statistics import Statistics, translation_scores
-
-logger = logging.getLogger(__name__)
 
 
 class _EpochLoader(DataLoader):
@@ -59,9 +57,6 @@ class PreferenceTrainer(Trainer):
         **kwargs,
     ):
         """`fixed` is what identity.of_inputs found, `changeable` what may be another in a resumed run."""
-        if args.packing == "tree" and model.config._attn_implementation not in (TREE, "sdpa"):
-            logger.warning("%s takes no tree mask: rows are padded, with the same numbers", model.config.model_type)
-            args.packing = "padded"
         self.loss = LOSSES[args.loss]
         self.costs = tree_costs(train)
         self.seed = args.seed if args.data_seed is None else args.data_seed
@@ -108,7 +103,7 @@ class PreferenceTrainer(Trainer):
         self.kept_step = None  # that of the best checkpoint, where it is loaded at the end
         self.efficiency = Efficiency(model)
         self.statistics = Statistics(args)
-        self._first_batch_checked = False
+        self._model_is_proved = False
         tree.SHAPES.update({True: Shapes(), False: Shapes()})  # this run's own, whatever ran in this process before
 
     # --- batches
@@ -215,39 +210,47 @@ class PreferenceTrainer(Trainer):
         return loss
 
     def compute_loss(self, model, inputs: MicroBatch, return_outputs=False, num_items_in_batch=None):
-        self._check_first_batch(model, inputs)
+        self._check_first_batch(model)
         loss, statistics = self._forward(model, inputs, **num_items_in_batch)
         self.statistics.add(statistics)
         # DDP, FSDP and DeepSpeed average gradients over ranks; the shares of a global mean have to be summed
         return loss * self.args.world_size
 
-    def _check_first_batch(self, model, batch: MicroBatch) -> None:
-        """On one triple, dropout off: tree and padded rows agree."""
-        if self._first_batch_checked:
-            return
-        self._first_batch_checked = True
-        example = batch.examples[0]
-        sequences = [(example.prompt, output) for output in (example.chosen, example.rejected) if len(output)]
-        was_training = model.training
-        model.eval()
-        with torch.no_grad(), self.compute_loss_context_manager():
-            padded = padded_logps(model, sequences)
-            packed = padded
-            if self.args.packing == "tree":
-                packed = tree_logps(model, build_tree(sequences).to(self.args.device), self.args.score_chunk)
-        model.train(was_training)
-        tokens = torch.tensor([len(output) for _, output in sequences], device=padded.device)
-        per_token = lambda other: ((other - padded).abs() / tokens).max().item()
-        low_precision = self.args.bf16 or self.args.fp16 or next(self.model.parameters()).dtype != torch.float32
-        allowed = 0.05 if low_precision else 1e-4
-        difference = per_token(packed)
-        if not difference <= allowed:
-            raise ValueError(
-                f"triple {example.id!r}: log-probabilities of the tree and of padded rows differ by {difference:.2g} a "
-                f"token, over the {allowed:g} that rounding explains; this model's attention doesn't take the tree's "
-                "mask. Use --packing padded"
-            )
-        logger.info("tree and padded rows agree on the first triple: %.1e a token", difference)
+    def check_model(self) -> None:
+        """Prove the model on this run's longest triples before anything is computed with it (models/self_check.py).
+
+        It decides the packing, on the first process for all. Weights that are shared out already (ZeRO-3 without NF4,
+        FSDP's loading on the first rank) are proved through the wrapped model, before the first step.
+        """
+        if all(p.numel() and not p.is_meta for p in self.model.parameters()):
+            if not self.args.load_in_4bit:
+                self.model.to(self.args.device)  # where DeepSpeed and FSDP would bring it later
+            self._choose_packing(self.model)
+
+    def _choose_packing(self, model) -> None:
+        examples = self.train_dataset.examples + (self.eval_dataset.examples if self.eval_dataset else [])
+        sequences = self_check.at_hand(
+            [(list(e.prompt), list(e.chosen), list(e.rejected)) for e in examples], self.model.config
+        )
+        say = print if self.is_world_process_zero() else lambda _: None
+        decided = [None]
+        if self.is_world_process_zero() or model is self.model_wrapped:
+            options = (self.args.device, self.compute_loss_context_manager, say)
+            packing = self_check.choose_scoring(model, sequences, self.args.packing, *options)
+            decided = [(packing, self.model.config._attn_implementation)]
+        self.args.packing, attention = broadcast_object_list(decided)[0]
+        if attention == "eager":
+            self_check.use_eager(model)
+        self.chosen |= {"attention": attention, "packing": self.args.packing}
+        self._model_is_proved = True
+
+    def _check_first_batch(self, model) -> None:
+        """Before the first step: the model is proved through its wrapper, if it could not be before."""
+        if not self._model_is_proved:
+            wanted = self.args.packing
+            self._choose_packing(model)
+            if self.loss.has_reference and self.args.packing != wanted:
+                raise ValueError(f"the reference was scored with --packing {wanted}, which is wrong here; use padded")
 
     # --- evaluation, logging, saving
 
