@@ -31,7 +31,7 @@ from datetime import UTC, datetime
 
 from lmolt.files import run_main, versions
 from lmolt.generation.systems import SYSTEMS, System, finish, load, read_system
-from lmolt.prompts import CAP2MOL, DIRECTIONS, build_prompt
+from lmolt.prompts import CAP2MOL, COLUMNS, DIRECTIONS, MOL2CAP, build_prompt
 from lmolt.recipes import Parser
 
 PACKAGES = ("torch", "transformers", "peft", "rdkit", "fcd", "nltk", "rapidfuzz", "numpy")
@@ -77,6 +77,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     existing.add_argument("--encoding", default="utf-8", help="of the file")
     metric = parser.add_argument_group("metrics")
     metric.add_argument(
+        "--no_references",
+        action="store_true",
+        help="score what needs none; --pairs may have sources only, or be a list",
+    )
+    metric.add_argument(
+        "--novelty", metavar="PAIRS", help="how many valid molecules are none of these (--pairs' forms)"
+    )
+    metric.add_argument("--novelty_split", metavar="SPLIT", help="of --novelty (default: train where it has splits)")
+    metric.add_argument(
+        "--round_trip", action="store_true", help="translate the outputs back and compare with the sources"
+    )
+    metric.add_argument("--round_trip_model", metavar="MODEL", help="by this one (default: the same model or system)")
+    metric.add_argument("--round_trip_adapter", metavar="ADAPTER", help="PEFT adapter on --round_trip_model")
+    metric.add_argument(
         "--text_tokenizer", help="word pieces of captions; comparable: allenai/scibert_scivocab_uncased"
     )
     metric.add_argument("--nli_model", help="sequence classification model with an entailment label")
@@ -97,6 +111,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--system has adapters of its own; give --model with --adapter")
     if args.predictions and len(args.predictions) != len(args.direction or []):
         parser.error("--predictions needs a --direction for each file: mol2cap or cap2mol")
+    if args.predictions and len(set(args.direction)) < len(args.direction):
+        parser.error(f"--direction {' '.join(args.direction)}: a direction's outputs are one file; evaluate twice")
+    if args.round_trip_adapter and not args.round_trip_model:
+        parser.error("--round_trip_adapter needs --round_trip_model")
+    args.round_trip = args.round_trip or args.round_trip_model is not None
+    if args.round_trip and args.predictions and not args.round_trip_model:
+        parser.error("--round_trip of --predictions needs --round_trip_model, which translates them back")
     if args.push_to_hub and (args.compare or not args.hub_model_id):
         parser.error("--push_to_hub is for one model's metrics, and needs --hub_model_id OWNER/NAME")
     if (args.model or args.system) and not args.pairs:
@@ -112,33 +133,42 @@ def chosen_pairs(args: argparse.Namespace, counts: Counter) -> list[dict]:
     from lmolt.data.pairs import clean, read_pairs
 
     options = {"default_split": "test", "invalid": args.invalid_pairs, "seed": args.seed}
+    if args.no_references:
+        directions = args.direction if args.predictions else args.directions
+        options["need"] = tuple(dict.fromkeys(COLUMNS[direction][0] for direction in directions))
     pairs = read_pairs(args.pairs, args.split, counts, **options)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: give a number of pairs, at least 1")
     if args.limit is not None and args.limit < len(pairs):
         pairs = [pairs[i] for i in sorted(random.Random(args.seed).sample(range(len(pairs)), args.limit))]
-    if not args.predictions:  # a molecule that doesn't parse is found before hours of translating, not after
+    if (
+        not args.predictions and pairs[0]["molecule"] is not None
+    ):  # a molecule that doesn't parse is found before hours of translating, not after
         pairs, dropped = clean(pairs, invalid=args.invalid_pairs, where=args.pairs)
         counts += dropped
     return pairs
 
 
-def translated(args: argparse.Namespace, system: System | None, pairs: list[dict], counts: dict) -> list[dict]:
-    """Prediction rows of `system`, else of --model, the same on every process; `counts` says how many were cut."""
-    from lmolt.data.predictions import rows_of_pairs
-    from lmolt.distributed.strategy import leave_group
-    from lmolt.generation.translate import load_translator, prompts_for, translate
+class Translators:
+    """The model asked last, kept until another is wanted: there may not be room for two."""
 
-    options = {key: getattr(args, key) for key in ("dtype", "load_in_4bit", "trust_remote_code")}
-    rows, loaded, model = [], None, None
-    for direction in args.directions:
+    def __init__(self, args: argparse.Namespace, system: System | None):
+        self.args, self.system, self.wanted, self.loaded = args, system, None, None
+
+    def __call__(self, direction: str, sources: list[str], counts: Counter, back: bool = False) -> list[str]:
+        """Outputs for `sources`; with `back`, by --round_trip_model where there is one."""
+        from lmolt.generation.translate import load_translator, prompts_for, translate
+
+        args, other = self.args, back and self.args.round_trip_model
+        system = None if other else self.system
+        options = {key: getattr(args, key) for key in ("dtype", "load_in_4bit", "trust_remote_code")}
         wanted = (system.models[direction], system.adapters[direction]) if system else (args.model, args.adapter)
-        if wanted != loaded:
-            model = None  # there may not be room for two
-            model, tokenizer = load(system, direction, **options) if system else load_translator(*wanted, **options)
-            loaded = wanted
-        asked = rows_of_pairs(pairs, direction)
-        sources = [row["source"] for row in asked]
+        wanted = (args.round_trip_model, args.round_trip_adapter) if other else wanted
+        if wanted != self.wanted:
+            self.loaded = None
+            self.loaded = load(system, direction, **options) if system else load_translator(*wanted, **options)
+            self.wanted = wanted
+        model, tokenizer = self.loaded
         if system:
             prompts = [build_prompt(direction, source, system.prompt) for source in sources]
         else:
@@ -150,15 +180,48 @@ def translated(args: argparse.Namespace, system: System | None, pairs: list[dict
             max_new_tokens=args.max_new_tokens,
             tokens_per_batch=args.tokens_per_batch,
             num_beams=args.num_beams,
-            too_long=args.too_long,
+            too_long="empty" if back else args.too_long,
+            counts=counts,
             journal=args.output / "journal",
-            progress=direction,
+            progress=f"{direction}, back" if back else direction,
         )
         kept = [finish(system, direction, output) for output in outputs] if system else outputs
-        counts[direction]["cut_output"] = sum(a != b for a, b in zip(outputs, kept, strict=True))
-        rows += [row | {"prediction": output} for row, output in zip(asked, kept, strict=True)]
-    leave_group()
+        counts["cut_output"] += sum(a != b for a, b in zip(outputs, kept, strict=True))
+        return kept
+
+
+def translated(args: argparse.Namespace, translators: Translators, pairs: list[dict], counts: dict) -> list[dict]:
+    """Prediction rows of the pairs, the same on every process; `counts` says how many were cut."""
+    from lmolt.data.predictions import rows_of_pairs
+
+    rows = []
+    for direction in args.directions:
+        asked = rows_of_pairs(pairs, direction)
+        outputs = translators(direction, [row["source"] for row in asked], counts[direction])
+        reference = {"reference": None} if args.no_references else {}
+        rows += [row | reference | {"prediction": output} for row, output in zip(asked, outputs, strict=True)]
     return rows
+
+
+def translate_back(args: argparse.Namespace, translators: Translators, rows: list[dict], counts: dict) -> None:
+    """Add to each row what its output is translated back to: nothing where it is empty, or no molecule."""
+    from lmolt.metrics.smiles import is_molecule
+    from lmolt.metrics.workers import in_processes
+
+    for direction in DIRECTIONS:
+        mine = [row for row in rows if row["direction"] == direction]
+        asked = [row for row in mine if row["prediction"].strip()]
+        if direction == CAP2MOL:
+            valid = in_processes(is_molecule, [row["prediction"] for row in asked])
+            asked = [row for row, ok in zip(asked, valid, strict=True) if ok is True]
+        for row in mine:
+            row["returned"] = ""
+        if asked:
+            other, found = MOL2CAP if direction == CAP2MOL else CAP2MOL, Counter()
+            outputs = translators(other, [row["prediction"] for row in asked], found, back=True)
+            counts[direction].update({f"{cause}_returned": n for cause, n in found.items()})
+            for row, output in zip(asked, outputs, strict=True):
+                row["returned"] = output
 
 
 def build_demo() -> None:
@@ -205,7 +268,9 @@ def compare(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     from lmolt import hub
+    from lmolt.data.pairs import read_pairs
     from lmolt.data.predictions import digest, drop_unreadable, read_predictions
+    from lmolt.distributed.strategy import leave_group
     from lmolt.files import write_table, write_whole
     from lmolt.metrics import score
     from lmolt.report.report import Run, write_report
@@ -214,6 +279,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if FIRST_PROCESS:
         names = ("model", "adapter", "pairs", "nli_model", "text_tokenizer", "nltk_data", "property_tree", "systems")
         inputs = {f"--{name}": getattr(args, name) for name in names}
+        inputs |= {"--novelty": args.novelty, "--round_trip_model": args.round_trip_model}
         inputs |= {f"--predictions ({i + 1})": file for i, file in enumerate(args.predictions or ())}
         take(args.output, set(args.direction if args.predictions else args.directions), inputs)
     if args.push_to_hub and FIRST_PROCESS:
@@ -225,19 +291,34 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.pairs == "demo":
         build_demo()
     pairs = chosen_pairs(args, counts[CAP2MOL]) if args.pairs else None  # what reading counts concerns molecules
-    rows = [] if args.predictions else translated(args, system, pairs, counts)
-    if not FIRST_PROCESS:
-        return
+    translators = Translators(args, system)
+    rows = [] if args.predictions else translated(args, translators, pairs, counts)
     if args.predictions:
         for file, direction in zip(args.predictions, args.direction, strict=True):
-            read, found = read_predictions(file, direction, pairs, args.encoding)
-            if args.invalid_pairs == "drop" and direction == CAP2MOL:
+            read, found = read_predictions(file, direction, pairs, args.encoding, references=not args.no_references)
+            if args.invalid_pairs == "drop" and direction == CAP2MOL and not args.no_references:
                 read, dropped = drop_unreadable(read, file)
-                for row in dropped:
+                for row in dropped if FIRST_PROCESS else ():
                     print(f"left out: id {row['id']}, no molecule is its reference {row['reference'][:100]!r}")
                 found["unreadable_reference_dropped"] = len(dropped)
             rows += read
             counts[direction] += found
+    if args.round_trip:
+        translate_back(args, translators, rows, counts)
+    if not args.predictions or args.round_trip:
+        leave_group()
+    if not FIRST_PROCESS:
+        return
+    known = {}
+    if args.novelty:
+        found = read_pairs(args.novelty, args.novelty_split, default_split="train", invalid="drop", need=("molecule",))
+        known = {
+            "known_molecules": [pair["molecule"] for pair in found],
+            "known_name": f"{args.novelty} ({len(found)})",
+        }
+    back = args.round_trip_model or args.model or args.system or "nothing"
+    back = back if args.round_trip_model else f"{back}, which made it"
+    back += f" with {args.round_trip_adapter}" if args.round_trip_adapter else ""
 
     # ---- scores
     run = Run(args.name or args.output.resolve().name, args.output, record={})
@@ -245,10 +326,16 @@ def evaluate(args: argparse.Namespace) -> None:
     for direction in dict.fromkeys(row["direction"] for row in rows):
         run.rows[direction] = mine = [row for row in rows if row["direction"] == direction]
         print(f"scoring {len(mine)} {direction} outputs", flush=True)
+        sources, predictions = ([row[key] for row in mine] for key in ("source", "prediction"))
         try:
             part, run.scores[direction] = score(
                 direction,
-                *([row[key] for row in mine] for key in ("source", "reference", "prediction")),
+                sources,
+                None if args.no_references else [row["reference"] for row in mine],
+                predictions,
+                returned=[row["returned"] for row in mine] if args.round_trip else None,
+                returned_by=back,
+                **(known if direction == CAP2MOL else {}),
                 text_tokenizer=args.text_tokenizer,
                 nli_model=args.nli_model,
                 nltk_data=args.nltk_data,
@@ -272,6 +359,8 @@ def evaluate(args: argparse.Namespace) -> None:
         columns = {key: values.tolist() for key, values in run.scores[direction].items()}
         for i, row in enumerate(mine):
             scores.append({"id": row["id"], "direction": direction} | {key: v[i] for key, v in columns.items()})
+            if columns.get("count_unfinished", [0] * len(mine))[i]:
+                print(f"not finished by RDKit, and so invalid: id {row['id']}, {row['prediction'][:100]!r}")
 
     # ---- files
     args.output.mkdir(parents=True, exist_ok=True)

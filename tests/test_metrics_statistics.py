@@ -27,15 +27,25 @@ def test_bootstrap_equals_a_plain_loop_over_resampled_examples():
         assert found["mean"][b] == pytest.approx(np.nanmean(scores[rows]))
 
 
-def test_interval_covers_the_mean_about_95_times_in_100():
+def test_intervals_cover_a_skewed_mean_where_percentiles_do_not():
     rng = np.random.default_rng(2)
-    covered = 0
-    for trial in range(300):
-        samples = statistics.bootstrap({"m": statistics.mean(rng.exponential(size=80))}, 300, trial)["m"]
-        low, high = statistics.interval(samples)
-        covered += low <= 1 <= high
-    assert 0.88 < covered / 300 < 0.98
+    covered = np.zeros(2)
+    for trial in range(400):
+        found = statistics.resample({"m": statistics.mean(rng.lognormal(sigma=1.2, size=60))}, 400, trial)["m"]
+        for at, (low, high) in enumerate((statistics.confidence_interval(found), statistics.interval(found.values))):
+            covered[at] += low <= np.exp(1.2**2 / 2) <= high
+    ours, percentiles = covered / 400
+    assert percentiles < 0.89 and 0.91 < ours < 0.96
     assert statistics.interval(np.array([np.nan])) is None
+
+
+def test_the_standard_error_is_the_means_own_and_equal_rows_have_none():
+    scores = np.random.default_rng(3).normal(size=50)
+    found = statistics.resample({"m": statistics.mean(scores)}, 200, 0)["m"]
+    assert found.error == pytest.approx(scores.std(ddof=1) / np.sqrt(50))
+    picks = np.random.default_rng(0).integers(0, 50, (200, 50))
+    assert found.errors == pytest.approx(scores[picks].std(axis=1, ddof=0) / np.sqrt(49))
+    assert statistics.confidence_interval(statistics.resample({"m": statistics.mean(np.ones(9))}, 20, 0)["m"]) == [1, 1]
 
 
 def test_p_value():
@@ -136,6 +146,7 @@ def test_the_interval_of_grounding_covers_zero_for_outputs_of_other_molecules():
 def test_each_metric_is_declared_once_documented_and_formats_its_convention():
     document = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
     settings = ("pieces", "nli_model", "rdkit", "n_shuffles", "seed", "chrf_threshold", "delta_threshold")
+    settings += ("round_trip", "known")
     for metrics in METRICS.values():
         keys = [metric.key for metric in metrics]
         assert len(set(keys)) == len(keys)

@@ -3,7 +3,7 @@
 import csv
 
 from lmolt.prompts import CAP2MOL, MOL2CAP
-from lmolt.report import tables
+from lmolt.report import report, tables
 
 
 def entry(value, convention="exact"):
@@ -101,3 +101,30 @@ def test_markdown_csv_latex():
 
 def test_no_negative_zero():
     assert [tables.shown(v, 2) for v in (-0.001, 0.0, -0.01, 12.345)] == ["0.00", "0.00", "−0.01", "12.35"]
+
+
+def test_names_are_inert_in_markdown_and_in_spreadsheets():
+    name = "![x](http://a) **b** <script>`c` _d_ a_b |"
+    assert tables.escaped(name) == "![x\\](http://a) \\*\\*b\\*\\* &lt;script>\\`c\\` \\_d\\_ a_b \\|"
+    table = tables.Table("t", "T", ["System", "x"], [[tables.Cell("=1+1"), tables.Cell("−1.0", "", -1.0)]])
+    assert tables.to_csv(table) == "System,x\n'=1+1,-1.0\n"
+
+
+def test_numbers_of_unlike_conventions_stand_apart():
+    entries = {"a": entry(0.5, "pieces of SciBERT; first 512"), "b": entry(0.7, "plain words; first 512")}
+    records = {name: record(MOL2CAP, {"bleu2": found, "rouge1": entry(0.3)}) for name, found in entries.items()}
+    differ = report.unlike(records, MOL2CAP)
+    assert differ == {"bleu2": "pieces of SciBERT against plain words"}
+    table = tables.results_table(3, records, MOL2CAP, "a", {}, differ)
+    assert [cell.bold for row in table.rows for cell in row] == [False, False, True, False, False, True]
+    assert table.rows[1][1].small == "" and "BLEU-2 was scored under several conventions" in table.note
+
+
+def test_ties_at_zero_are_not_bold_and_stems_stand_in_for_an_absent_meteor():
+    records = {n: record(MOL2CAP, {"bleu2": entry(0.0), "meteor_stem": entry(0.4)}) for n in ("a", "b")}
+    table = tables.results_table(1, records, MOL2CAP)
+    assert table.columns == ["System", "BLEU-2 ↑", "METEOR (stems) ↑"] and not table.rows[0][1].bold
+    assert "METEOR," not in table.note
+    records["a"]["directions"][MOL2CAP]["metrics"]["meteor"] = entry(0.6)
+    assert tables.results_table(1, records, MOL2CAP).columns == ["System", "BLEU-2 ↑", "METEOR ↑"]
+    assert texts(tables.further_table(6, records, MOL2CAP)) == [["METEOR (stems) (meteor_stem)", "0.400", "0.400"]]

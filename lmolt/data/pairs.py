@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rdkit import Chem
 
-from lmolt.files import SUFFIXES, read_table, table_suffix
+from lmolt.files import SUFFIXES, read_table, read_text, table_suffix
 from lmolt.metrics.molecule import Features, features
-from lmolt.metrics.smiles import ODDITIES, has_dummy, oddity, parse
+from lmolt.metrics.smiles import ODDITIES, dummy_of, has_dummy, oddity, parse
 from lmolt.metrics.workers import Unfinished, in_processes
 
 DEMO = Path("runs/demo")  # in the working directory; lmolt.demo.build makes it
@@ -42,6 +42,7 @@ def read_pairs(
     default_split: str | None = None,
     invalid: str = "error",
     seed: int = 0,
+    need: tuple[str, ...] = ("molecule", "caption"),
 ) -> list[dict]:
     """Pairs of `spec`: "demo", a name in `CORPORA`, a table, a folder of tables named by split (ChEBI-20's train.txt,
     validation.txt, test.txt), or a data set of the Hub (or what else `datasets.load_dataset` takes).
@@ -51,7 +52,8 @@ def read_pairs(
     it where there is such a split; with neither, a table's pairs are all taken. Backslashes that ChEBI-20's files
     double are made single. Rows with an empty molecule or caption, or one that is none (`smiles.ODDITIES`), are a
     `ValueError`, or left out where `invalid` is "drop". All this is counted in `counts`. `seed` samples a corpus whose
-    test set is a sample. `ValueError`/`FileNotFoundError` with file, row, value and remedy.
+    test set is a sample. `need` names the columns that are wanted; a pair's other one is None, and a .txt of one
+    column may be without a header. `ValueError`/`FileNotFoundError` with file, row, value and remedy.
     """
     spec, counts = str(spec), Counter() if counts is None else counts
     if spec == "demo":
@@ -63,10 +65,10 @@ def read_pairs(
         if split not in splits:
             raise ValueError(f"{spec!r} has the splits {', '.join(splits)}, not {split!r}; choose one with --split")
         name, its_split, size = splits[split]
-        pairs = _as_pairs(_load_dataset(name, its_split, None), f"{name} ({its_split})", counts, invalid)
+        pairs = _as_pairs(_load_dataset(name, its_split, None), f"{name} ({its_split})", counts, invalid, need)
         return pairs if size is None else _sampled_molecules(pairs, size, seed, counts)
     if Path(spec).is_file() or table_suffix(spec) in SUFFIXES:
-        pairs = _as_pairs(read_table(spec), spec, counts, invalid)
+        pairs = _as_pairs(_rows(spec, need), spec, counts, invalid, need)
         return _of_split(pairs, split, default_split, spec)
     if Path(spec).is_dir():
         files = {
@@ -76,13 +78,13 @@ def read_pairs(
             if (split or default_split) not in files:
                 raise ValueError(f"{spec!r} has the splits {', '.join(files)}; choose one with --split")
             path = files[split or default_split]
-            return _as_pairs(read_table(path), str(path), counts, invalid)
+            return _as_pairs(_rows(path, need), str(path), counts, invalid, need)
     elif spec.count("/") != 1 or spec.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"{spec!r} is no file, no folder, none of {', '.join(['demo', *CORPORA])}, and no Hub id, which reads "
             "OWNER/NAME"
         )
-    return _as_pairs(_load_dataset(spec, split, default_split), spec, counts, invalid)
+    return _as_pairs(_load_dataset(spec, split, default_split), spec, counts, invalid, need)
 
 
 def _of_split(pairs: list[dict], split: str | None, default_split: str | None, where: str) -> list[dict]:
@@ -126,17 +128,27 @@ def _load_dataset(spec: str, split: str | None, default_split: str | None) -> li
     return loaded.to_list()
 
 
-def _as_pairs(rows: list[dict], where: str, counts: Counter, invalid: str) -> list[dict]:
+def _rows(path: str | Path, need: tuple[str, ...]) -> list[dict]:
+    """A table's rows; of a .txt that is a list, one a line, where one column is wanted."""
+    if len(need) == 1 and table_suffix(path) == ".txt" and Path(path).is_file():
+        lines = [line.removesuffix("\r") for line in read_text(path).removesuffix("\n").split("\n")]
+        if "\t" not in lines[0] and lines[0].strip() not in sum(NAMES.values(), ()):
+            return [{need[0]: line} for line in lines]
+    return read_table(path)
+
+
+def _as_pairs(rows: list[dict], where: str, counts: Counter, invalid: str, need: tuple[str, ...]) -> list[dict]:
     found = {key: next((name for name in names if name in rows[0]), None) for key, names in NAMES.items()}
-    for key in ("molecule", "caption"):
+    for key in need:
         if found[key] is None:
             raise ValueError(
                 f"{where}: no column {' or '.join(map(repr, NAMES[key]))}; it has {', '.join(rows[0])}. Rename one"
+                + " (evaluate.py scores one direction without references: --no_references)"
             )
     pairs = []
     for number, row in enumerate(rows, 1):
-        values = {}
-        for key in ("molecule", "caption"):
+        values = {"molecule": None, "caption": None}
+        for key in need:
             value = row.get(found[key])
             values[key] = value = value.strip() if isinstance(value, str) else value
             if key == "molecule" and isinstance(value, str) and "\\\\" in value:
@@ -187,7 +199,7 @@ def clean(
     What else can be wrong with pairs is found by lmolt/data/decontamination.py. `ValueError` where none is left.
     """
     distinct = list(dict.fromkeys(pair["molecule"] for pair in pairs))
-    of = dict(zip(distinct, in_processes(_canonical_and_dummy if canonicalise else _dummy, distinct), strict=True))
+    of = dict(zip(distinct, in_processes(_canonical_and_dummy if canonicalise else dummy_of, distinct), strict=True))
     kept, counts = [], Counter()
     for pair in pairs:
         found = of[pair["molecule"]]
@@ -209,12 +221,6 @@ def clean(
     if not kept:
         raise ValueError(f"{where}: none of its {len(pairs)} pairs is left: {dict(counts)}")
     return kept, +counts
-
-
-def _dummy(smiles: str) -> bool | None:
-    """Whether the molecule has a dummy atom; None where it is none."""
-    molecule = parse(smiles)
-    return molecule and has_dummy(molecule)
 
 
 def _canonical_and_dummy(smiles: str) -> tuple[str, bool] | None:

@@ -141,7 +141,8 @@ def translate(
     With `num_return` > 1 a prompt's output is a list: of its best beams, best first (empty where it is too long).
     `tokens_per_batch` bounds rows x (longest prompt + `max_new_tokens`). A prompt that with `max_new_tokens` exceeds
     the model's positions is an error, or with `too_long="empty"` gives an empty output, counted aloud: none is cut.
-    An unknown token in an output is written as `unk`. `counts` is told of prompts and outputs that have one.
+    An unknown token in an output is written as `unk`. `counts` is told of prompts and outputs that have one,
+    and of outputs that `max_new_tokens` ended (`truncated`).
     `journal` is a folder; rows in it that were made by this model with these settings are taken from it. It is the
     caller's to delete. `progress` names the work in messages and on the bar, of the first process only.
     The way of decoding is proved first, on some of these prompts (lmolt/generation/routes.py).
@@ -163,7 +164,7 @@ def translate(
         max_new_tokens, num_beams, num_return, temperature, top_p, repetition_penalty, no_repeat_ngram_size
     )
     ends = end_ids(model, tokenizer)
-    made_by = (identity(model, tokenizer) if journal else "", ends, settings, seed, unk)
+    made_by = (identity(model, tokenizer) if journal else "", ends, settings, seed, unk, "text, unknown, cut")
     if left_out := not_used(model, settings):
         say(f"{progress}: not done, though its generation_config.json asks for it: {left_out}")
 
@@ -180,7 +181,7 @@ def translate(
     over = over_limit(model.config, tokenizer, prompts, max_new_tokens)
     if too_long == "error":
         refuse_over_limit(model.config, prompts, over, max_new_tokens)
-    outputs = {keys[row]: [("", 0)] * (num_return == 1) for row in over}
+    outputs = {keys[row]: [("", 0, False)] * (num_return == 1) for row in over}
     if outputs:
         say(f"{progress}: {len(outputs)} prompts are over the model's positions; their outputs are empty")
     rows = {key: ids for key, ids in rows.items() if key not in outputs}
@@ -220,7 +221,9 @@ def translate(
             else:
                 options = {"prefix_cache": cache, "prefix_length": len(prefix)}
                 generated = decode(model, ends, ids, settings, draws, **options)
-            texts = reader.texts(generated)
+            # An output without an end in it is as long as it may be: cut, and counted.
+            cut = [len(ids) >= max_new_tokens for ids in generated]
+            texts = [(*text, full) for text, full in zip(reader.texts(generated), cut, strict=True)]
             finished = {key: texts[i * num_return : (i + 1) * num_return] for i, key in enumerate(batch)}
             record(finished)
             made |= finished
@@ -228,12 +231,14 @@ def translate(
     model.train(was_training)
     for key, output in gather_object(list(made.items())):
         outputs[key] = output
-    found = [[text for text, _ in outputs[key]] for key in keys]
-    with_unk = sum(any(unknown for _, unknown in outputs[key]) for key in keys)
+    found = [[text for text, _, _ in outputs[key]] for key in keys]
+    with_unk = sum(any(unknown for _, unknown, _ in outputs[key]) for key in keys)
+    truncated = sum(any(full for _, _, full in outputs[key]) for key in keys)
     if with_unk:
         say(f"{progress}: {with_unk} of {len(keys)} outputs have tokens without a text, read as {unk!r}")
     if counts is not None:
         counts["unk_in_output"] += with_unk
+        counts["truncated"] += truncated
     return [texts[0] for texts in found] if num_return == 1 else found
 
 

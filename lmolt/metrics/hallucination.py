@@ -143,6 +143,7 @@ def groups_present(smiles: str) -> list[bool] | None:
 def group_scores(molecules, references, predictions, num_workers=None) -> dict[str, np.ndarray]:
     """Functional groups in captions against the molecule itself, `(n,)` each, NaN where undefined.
 
+    Where `references` is None, what needs none.
     `group_hallucination`: share of the groups the prediction claims that the molecule lacks (captions which claim any).
     `group_hallucination_reference`: the same of the reference caption: the floor that vocabulary and data set.
     `group_unclaimed`: share of the molecule's groups which the prediction does not claim.
@@ -154,21 +155,24 @@ def group_scores(molecules, references, predictions, num_workers=None) -> dict[s
     of = dict(zip(distinct, in_processes(groups_present, distinct, num_workers), strict=True))
     readable = np.array([isinstance(of[m], list) for m in molecules])
     present = np.array([of[m] if isinstance(of[m], list) else [False] * len(GROUPS) for m in molecules])
-    said, truth = (np.array([groups_claimed(text) for text in texts]) for texts in (predictions, references))
+    said = np.array([groups_claimed(text) for text in predictions])
 
     def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
         total = whole.sum(1)
         return np.divide(part.sum(1), total, out=np.full(len(total), np.nan), where=(total > 0) & readable)
 
     unfinished = np.array([float(isinstance(of[m], Unfinished)) for m in molecules])
-    return {
+    found = {
         "count_unreadable_source": np.array([float(m.strip() != "") for m in molecules]) * ~readable,
         "count_unfinished_source": unfinished,
         "group_hallucination": share(said & ~present, said),
-        "group_hallucination_reference": share(truth & ~present, truth),
         "group_unclaimed": share(present & ~said, present),
-        "group_missed": share(truth & present & ~said, truth & present),
     }
+    if references is not None:
+        truth = np.array([groups_claimed(text) for text in references])
+        found["group_hallucination_reference"] = share(truth & ~present, truth)
+        found["group_missed"] = share(truth & present & ~said, truth & present)
+    return found
 
 
 _NLI = f"premise = reference, hypothesis = prediction, {{nli_model}}; {EMPTY_IS_NOT_ENTAILED}"

@@ -20,7 +20,7 @@ from lmolt.files import write_whole
 from lmolt.metrics.caption import BLEU_COLUMNS, bleu_of_sums
 from lmolt.metrics.metric import Metric
 from lmolt.metrics.ngrams import flatten
-from lmolt.metrics.smiles import MAX_CHARACTERS, ODDITIES, oddity, parse
+from lmolt.metrics.smiles import MAX_CHARACTERS, ODDITIES, canonical, dummy_of, oddity, parse
 from lmolt.metrics.workers import SECONDS, Unfinished, in_processes
 
 _RDK = rdFingerprintGenerator.GetRDKitFPGenerator()  # Chem.RDKFingerprint's, made once
@@ -188,6 +188,25 @@ def columns(predictions: list[str], pairs: list[Pair | NoPair]) -> dict[str, np.
     return found
 
 
+def columns_alone(predictions: list[str], num_workers=None) -> dict[str, np.ndarray]:
+    """Of `columns`, what needs no reference, `(n,)` each."""
+    distinct = list(dict.fromkeys(predictions))
+    of = dict(zip(distinct, in_processes(dummy_of, distinct, num_workers), strict=True))
+    pairs = [
+        Pair(*[np.nan] * 8, of[p], ()) if isinstance(of[p], bool) else NoPair(np.nan, of[p] or "") for p in predictions
+    ]
+    found = columns(predictions, pairs)
+    return {k: v for k, v in found.items() if k in ("validity", "validity_strict") or k.startswith("count_")}
+
+
+def novelty(predictions: list[str], valid: np.ndarray, known: list[str], num_workers=None) -> np.ndarray:
+    """1 where the molecule is none of `known` (canonical SMILES), 0 where it is, NaN where invalid, `(n,)`."""
+    distinct = list(dict.fromkeys([*known, *(p for p, ok in zip(predictions, valid, strict=True) if ok)]))
+    of = dict(zip(distinct, in_processes(canonical, distinct, num_workers), strict=True))
+    seen = {of[smiles] for smiles in known}
+    return np.array([float(of[p] not in seen) if ok else np.nan for p, ok in zip(predictions, valid, strict=True)])
+
+
 def environments(pairs: list[Pair]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Both sides' Morgan fingerprints as corpora of atom environments, each as often as it occurs (see ngrams.py)."""
     sides = zip(*(pair.counts for pair in pairs), strict=True)
@@ -296,6 +315,13 @@ METRICS = (
         convention="distinct valid strings / valid strings, RDKit {rdkit}; interval with each string's count held",
         undefined=_NONE_VALID,
         paper=True,
+    ),
+    Metric(
+        key="novelty",
+        label="Novelty",
+        better=1,
+        convention="share of valid predictions that are no molecule of {known} (canonical SMILES, RDKit {rdkit})",
+        undefined=_NONE_VALID,
     ),
     Metric(
         key="rdk_corrected",

@@ -84,8 +84,8 @@ def bleu(matches: np.ndarray, totals: np.ndarray, prediction_length, reference_l
     `matches`, `totals`: sums over the corpus, `(..., N)`, each text's total at least 1; the lengths `(...,)` in
     tokens. An order with no match counts as the smallest positive float, unless order 1 has none: then BLEU is 0.
     """
-    precision = np.where(matches > 0, matches, np.finfo(float).tiny * totals) / totals
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        precision = np.where(matches > 0, matches, np.finfo(float).tiny * totals) / totals
         shortness = np.where(prediction_length > 0, 1 - reference_length / prediction_length, -np.inf)
     score = np.exp(np.minimum(shortness, 0) + np.log(precision).mean(-1))
     return np.where((matches[..., 0] > 0) & (prediction_length > 0), score, 0.0)

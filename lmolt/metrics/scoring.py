@@ -3,7 +3,7 @@
 import numpy as np
 import rdkit
 
-from lmolt.metrics import caption, grounding, hallucination, meteor, molecule, properties, statistics
+from lmolt.metrics import caption, grounding, hallucination, meteor, molecule, properties, round_trip, statistics
 from lmolt.metrics import fcd as chemnet
 from lmolt.metrics.ngrams import characters, flatten
 from lmolt.metrics.smiles import canonical
@@ -17,17 +17,28 @@ METRICS = {
         *hallucination.CAPTION_METRICS,
         *grounding.CAPTION_METRICS,
         *properties.METRICS,
+        *round_trip.CAPTION_METRICS,
     ),
-    CAP2MOL: (*molecule.METRICS, *chemnet.METRICS, *hallucination.MOLECULE_METRICS, *grounding.MOLECULE_METRICS),
+    CAP2MOL: (
+        *molecule.METRICS,
+        *chemnet.METRICS,
+        *hallucination.MOLECULE_METRICS,
+        *grounding.MOLECULE_METRICS,
+        *round_trip.MOLECULE_METRICS,
+    ),
 }
 
 
 def score(
     direction: str,
     sources: list[str],
-    references: list[str],
+    references: list[str] | None,
     predictions: list[str],
     *,
+    returned: list[str] | None = None,
+    returned_by: str = "another model",
+    known_molecules: list[str] | None = None,
+    known_name: str = "the known molecules",
     text_tokenizer=None,
     nli_model: str | None = None,
     nltk_data: str | None = None,
@@ -44,8 +55,10 @@ def score(
     """Score one system's outputs of one direction.
 
     `sources`, `references`, `predictions`: n strings each, row i of one belongs to row i of the others; a prediction
-    that is None or NaN counts as empty. `text_tokenizer`: mol2cap's word pieces: a tokenizer's folder, a Hub id or a
-    callable `str -> list[str]`; None is a plain word tokenizer, and each convention then says that the number is not
+    that is None or NaN counts as empty. Where `references` is None, what needs none is scored. `returned`: the outputs
+    translated back by `returned_by`, for the round trip (round_trip.py). `known_molecules`: SMILES that a novel
+    molecule is none of, called `known_name`. `text_tokenizer`: mol2cap's word pieces: a tokenizer's folder, a Hub id or
+    a callable `str -> list[str]`; None is a plain word tokenizer, and each convention then says that the number is not
     comparable. `nli_model`: folder or Hub id of a sequence-classification model; `nltk_data`: a folder with
     `corpora/wordnet`. `chrf_threshold`, `delta_threshold`: a molecule wins with Chr-F above and |delta length| below
     them (paper, section 3.4). `property_tree`: folder with L+M-24's `nested_props.json` and, for held-out
@@ -64,48 +77,75 @@ def score(
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}; use one of {', '.join(DIRECTIONS)}")
-    sizes = {"sources": len(sources), "references": len(references), "predictions": len(predictions)}
-    if len(set(sizes.values())) > 1 or not references:
+    sizes = {"sources": len(sources), "references": len(references or predictions), "predictions": len(predictions)}
+    sizes |= {} if returned is None else {"returned": len(returned)}
+    if len(set(sizes.values())) > 1 or not predictions:
         raise ValueError(f"every row needs a source, a reference and a prediction, found {sizes}")
-    for row, reference in enumerate(references, 1):
+    for row, reference in enumerate(references or (), 1):
         if not isinstance(reference, str) or not reference.strip():
             raise ValueError(f"row {row}: the reference is {reference!r}; every row needs one")
+    n = len(predictions)
     missing = [not isinstance(p, str) for p in predictions]
     predictions = ["" if gone else p for p, gone in zip(predictions, missing, strict=True)]
     counts = {"empty_prediction": sum(not p.strip() for p in predictions), "missing_prediction": sum(missing)}
+    counts |= {"no_reference": n} if references is None else {}
     settings = {"rdkit": rdkit.__version__, "n_shuffles": n_shuffles, "seed": seed}
-    found = {}  # metrics that are no functions of sums over rows, and parts of the others' entries
+    settings |= {"round_trip": returned_by, "known": known_name}
+    found, shuffled, absent = {}, {}, {}  # metrics that are no functions of sums over rows; parts of others' entries
     if direction == MOL2CAP:
         settings |= {"pieces": caption.tokenizer_name(text_tokenizer), "nli_model": nli_model}
-        per_example, shuffled, absent = _captions(
-            sources, references, predictions, text_tokenizer, nli_model, nltk_data, n_shuffles, seed, num_workers
-        )
-        counts |= {key[6:]: int(column.sum()) for key, column in per_example.items() if key.startswith("count_")}
-        if property_tree is not None:
+        per_example = hallucination.group_scores(sources, references, predictions, num_workers)
+        if references is not None:
+            of_references, shuffled, absent = _captions(
+                references, predictions, text_tokenizer, nli_model, nltk_data, n_shuffles, seed
+            )
+            per_example |= of_references
+        if references is not None and property_tree is not None:
             trees, columns = properties.score(references, predictions, property_tree, text_tokenizer, n_bootstrap, seed)
             per_example |= columns
             for key, (value, samples) in trees.items():
-                found[key] = {"value": value, "ci95": statistics.interval(samples), "n": len(references)}
+                found[key] = {"value": value, "ci95": statistics.interval(samples), "n": n}
+        if returned is not None:
+            per_example |= round_trip.of_molecules(sources, returned, num_workers)
     else:
         settings |= {"chrf_threshold": chrf_threshold, "delta_threshold": delta_threshold}
-        per_example, shuffled, absent, odd = _molecules(
-            references, predictions, chrf_threshold, delta_threshold, cache_dir, n_shuffles, seed, num_workers
-        )
-        counts |= odd
+        if references is None:
+            per_example = molecule.columns_alone(predictions, num_workers)
+        else:
+            per_example, shuffled, absent = _molecules(
+                references, predictions, chrf_threshold, delta_threshold, cache_dir, n_shuffles, seed, num_workers
+            )
+            counts |= {
+                f"doubled_backslash_{side}": sum("\\\\" in s for s in texts)
+                for side, texts in (("reference", references), ("prediction", predictions))
+            }
         valid = per_example["validity"] > 0
-        distances, reasons = _frechet_distances(references, predictions, valid, fcd, cache_dir, num_workers)
-        found |= distances
-        absent |= reasons
+        counts["invalid_prediction"] = int((~valid).sum())
+        per_example["uniqueness"] = molecule.uniqueness(predictions, valid)
+        if known_molecules is not None:
+            per_example["novelty"] = molecule.novelty(predictions, valid, known_molecules, num_workers)
+        if references is not None:
+            distances, reasons = _frechet_distances(references, predictions, valid, fcd, cache_dir, num_workers)
+            found |= distances
+            absent |= reasons
+        if returned is not None:
+            per_example |= round_trip.of_captions(sources, returned)
+    side = "" if direction == MOL2CAP else "_prediction"
+    odd = {key: int(column.sum()) for key, column in per_example.items() if key.startswith("count_")}
+    counts |= {key.removeprefix("count_") + side: number for key, number in odd.items()}
+    # Which rows a cause was found in is in scores.parquet.
+    per_example = {key: column for key, column in per_example.items() if odd.get(key, 1)}
     own = statistics_of(direction, per_example)
-    samples = statistics.bootstrap(own, n_bootstrap, seed)
+    resampled = statistics.resample(own, n_bootstrap, seed)
     declared = {metric.key: metric for metric in METRICS[direction]}
     for key, (columns, value) in own.items():
         result = float(value(columns.sum(0)))
         if np.isnan(result):
             absent[key] = declared[key].undefined
             continue
-        n = len(references) if declared[key].columns else int(columns[:, 1].sum())
-        found[key] = {"value": result, "ci95": statistics.interval(samples[key]), "n": n} | shuffled.get(key, {})
+        interval = statistics.confidence_interval(resampled[key])
+        rows = n if declared[key].columns else int(columns[:, 1].sum())
+        found[key] = {"value": result, "ci95": interval, "n": rows} | shuffled.get(key, {})
     metrics = {}
     categories = [key for key in found if "/" in key]
     for key in (*declared, *categories):
@@ -148,24 +188,28 @@ def compare(
     rows = {len(columns) for found in (own, other) for columns, _ in found.values()}
     if len(rows) != 1 or not keys:
         raise ValueError(f"two systems' scores of the same rows are needed, found columns of {sorted(rows)} rows")
-    paired = {("a", k): own[k] for k in keys} | {("b", k): other[k] for k in keys}
-    samples = statistics.bootstrap(paired, n_bootstrap, seed)
+    paired = {key: _difference(own[key], other[key]) for key in keys}
     results = {}
-    for key in keys:
-        values = [float(value(columns.sum(0))) for columns, value in (own[key], other[key])]
-        differences = samples["a", key] - samples["b", key]
-        if np.isnan(values).any() or not np.isfinite(differences).any():
+    for key, resampled in statistics.resample(paired, n_bootstrap, seed).items():
+        if np.isnan(resampled.estimate) or not np.isfinite(resampled.values).any():
             continue
         results[key] = {
-            "difference": values[0] - values[1],
-            "ci95": statistics.interval(differences),
-            "p": statistics.p_value(differences),
+            "difference": resampled.estimate,
+            "ci95": statistics.confidence_interval(resampled),
+            "p": statistics.p_value(resampled.values),
             "n": rows.copy().pop(),
         }
     return results
 
 
-def _captions(molecules, references, predictions, tokenizer, nli_model, nltk_data, n_shuffles, seed, num_workers):
+def _difference(own: tuple, other: tuple) -> tuple:
+    """The statistic a - b of two of the same rows."""
+    split = own[0].shape[1]
+    value = lambda sums: own[1](sums[..., :split]) - other[1](sums[..., split:])
+    return np.concatenate([own[0], other[0]], 1), value
+
+
+def _captions(references, predictions, tokenizer, nli_model, nltk_data, n_shuffles, seed):
     """`(per_example, parts of entries, reasons of what is absent)` of captions."""
     pieces, names = caption.tokenize([*references, *predictions], tokenizer, max_pieces=None)
     lengths = np.array([len(p) for p in caption.drop_special(pieces, names)], float).reshape(2, -1)
@@ -198,23 +242,16 @@ def _captions(molecules, references, predictions, tokenizer, nli_model, nltk_dat
             reason = f"NLI model {nli_model} could not be loaded: {str(error).strip().splitlines()[0]}"
     if "nli_entailment" not in per_example:
         absent |= {"nli_entailment": reason, "nli_win_rate": reason}
-    per_example |= hallucination.group_scores(molecules, references, predictions, num_workers)
     return per_example, shuffled, absent
 
 
 def _molecules(
     references, predictions, chrf_threshold, delta_threshold, cache_dir, n_shuffles, seed, num_workers
-) -> tuple[dict, dict, dict, dict]:
-    """`(per_example, parts of entries, reasons of what is absent, counts)` of molecules."""
+) -> tuple[dict, dict, dict]:
+    """`(per_example, parts of entries, reasons of what is absent)` of molecules."""
     pairs = molecule.compare(references, predictions, cache_dir, num_workers)
     compared = molecule.columns(predictions, pairs)
     valid = compared["validity"] > 0
-    counts = {
-        "invalid_prediction": int((~valid).sum()),
-        **{f"{key[6:]}_prediction": int(compared[key].sum()) for key in compared if key.startswith("count_")},
-        "doubled_backslash_reference": sum("\\\\" in s for s in references),
-        "doubled_backslash_prediction": sum("\\\\" in s for s in predictions),
-    }
     delta = np.array([len(p) - len(r) for r, p in zip(references, predictions, strict=True)], float)
     per_example = {
         **_bleu_of_characters("bleu", references, predictions),
@@ -222,7 +259,6 @@ def _molecules(
         "levenshtein": molecule.levenshtein(references, predictions),
         "chrf": hallucination.chrf(references, predictions),
         "delta_len": delta,
-        "uniqueness": molecule.uniqueness(predictions, valid),
     }
     per_example["win_rate"] = hallucination.win(per_example["chrf"], delta, valid, chrf_threshold, delta_threshold)
     absent, shuffled = {}, {}
@@ -234,12 +270,12 @@ def _molecules(
         per_example["morgan_grounding"][valid] = extra
     else:
         absent |= {metric.key: metric.undefined for metric in grounding.MOLECULE_METRICS}
-    if counts["doubled_backslash_reference"] + counts["doubled_backslash_prediction"]:
+    if any("\\\\" in text for text in (*references, *predictions)):
         undoubled = [[s.replace("\\\\", "\\") for s in texts] for texts in (references, predictions)]
         per_example |= _bleu_of_characters("bleu_undoubled", *undoubled)
         per_example["levenshtein_undoubled"] = molecule.levenshtein(*undoubled)
         per_example["chrf_undoubled"] = hallucination.chrf(*undoubled)
-    return per_example, shuffled, absent, counts
+    return per_example, shuffled, absent
 
 
 def _bleu_of_characters(name: str, references: list[str], predictions: list[str]) -> dict[str, np.ndarray]:

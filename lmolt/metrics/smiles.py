@@ -84,6 +84,12 @@ def has_dummy(molecule: Chem.Mol) -> bool:
     return any(atom.GetAtomicNum() == 0 for atom in molecule.GetAtoms())
 
 
+def dummy_of(smiles: str) -> bool | None:
+    """Whether the molecule has a dummy atom; None where it is none."""
+    molecule = parse(smiles)
+    return molecule and has_dummy(molecule)
+
+
 def canonical(smiles: str) -> str:
     """RDKit's canonical SMILES, empty where it cannot be read."""
     molecule = parse(smiles)

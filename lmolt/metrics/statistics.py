@@ -5,6 +5,8 @@ all resamples of all statistics are one matrix product. A statistic is `(columns
 an example; `value` maps sums `(..., k)` to the statistic `(...,)`.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 
@@ -36,15 +38,45 @@ def resampled_sums(columns: np.ndarray, n_bootstrap: int, seed: int) -> np.ndarr
     return np.concatenate(sums)
 
 
+class Resampled(NamedTuple):
+    """A statistic of all rows and of each resample, with its standard error there."""
+
+    estimate: float
+    error: float
+    values: np.ndarray  # (n_bootstrap,), NaN where a resample defines none
+    errors: np.ndarray  # (n_bootstrap,)
+
+
+def resample(statistics: dict[str, tuple], n_bootstrap: int, seed: int) -> dict[str, Resampled]:
+    """Each statistic over the same resamples of the rows.
+
+    Its standard error is the infinitesimal jackknife's: of the rows' influences (n - 1) (theta - theta without the row)
+    and, in a resample, of those of the rows in it.
+    """
+    columns = {id(c): c for c, _ in statistics.values()}  # BLEU-2 and BLEU-4 share theirs
+    influences, totals = {}, {key: c.sum(0) for key, (c, _) in statistics.items()}
+    for key, (its, value) in statistics.items():
+        influence = (len(its) - 1) * (value(totals[key]) - value(totals[key] - its))
+        influence = np.nan_to_num(influence - np.nanmean(influence)) if np.isfinite(influence).any() else 0 * its[:, 0]
+        influences[key] = np.stack([influence, influence**2], 1)
+    blocks = [*columns.values(), *influences.values()]
+    ends = np.cumsum([block.shape[1] for block in blocks]).tolist()
+    sums = resampled_sums(np.concatenate(blocks, 1), n_bootstrap, seed)
+    part = {i: sums[:, end - block.shape[1] : end] for i, (block, end) in enumerate(zip(blocks, ends, strict=True))}
+    place = {identity: i for i, identity in enumerate(columns)}
+    found = {}
+    for number, (key, (its, value)) in enumerate(statistics.items(), len(columns)):
+        n = len(its)
+        error = float(np.sqrt(influences[key][:, 1].sum() / n / max(n - 1, 1)))
+        mean, square = part[number].T / n
+        errors = np.sqrt(np.maximum(square - mean**2, 0) / max(n - 1, 1))
+        found[key] = Resampled(float(value(totals[key])), error, value(part[place[id(its)]]), errors)
+    return found
+
+
 def bootstrap(statistics: dict[str, tuple], n_bootstrap: int, seed: int) -> dict[str, np.ndarray]:
     """Values of each statistic over the same resamples, `(n_bootstrap,)` each (NaN where a resample defines none)."""
-    blocks = {id(columns): columns for columns, _ in statistics.values()}  # BLEU-2 and BLEU-4 share theirs
-    ends = dict(zip(blocks, np.cumsum([c.shape[1] for c in blocks.values()]).tolist(), strict=True))
-    sums = resampled_sums(np.concatenate(list(blocks.values()), 1), n_bootstrap, seed)
-    return {
-        key: value(sums[:, ends[id(columns)] - columns.shape[1] : ends[id(columns)]])
-        for key, (columns, value) in statistics.items()
-    }
+    return {key: resampled.values for key, resampled in resample(statistics, n_bootstrap, seed).items()}
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> list[float] | None:
@@ -53,6 +85,24 @@ def interval(values: np.ndarray, level: float = 0.95) -> list[float] | None:
     if len(values) == 0:
         return None
     return [float(q) for q in np.quantile(values, [(1 - level) / 2, (1 + level) / 2])]
+
+
+def confidence_interval(resampled: Resampled, level: float = 0.95) -> list[float] | None:
+    """From the lower to the higher bound of the percentile interval and the bootstrap-t interval (Efron 1981).
+
+    Each alone holds the truth too seldom where few rows weigh much: the edit distance of 200 outputs, some of which run
+    on, in 92 and 93 of 100 samples; both together in 94 (benchmarks/coverage.py, docs/metrics.md). None where no
+    resample defines the statistic.
+    """
+    bounds = interval(resampled.values, level)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        t = (resampled.values - resampled.estimate) / resampled.errors
+    t = t[np.isfinite(t)]
+    # A resample of equal rows has no t: where there are many (a share near 0 or 1), the others say nothing.
+    if bounds is None or resampled.error == 0 or len(t) < 0.99 * len(resampled.values):
+        return bounds
+    low, high = resampled.estimate - resampled.error * np.quantile(t, [(1 + level) / 2, (1 - level) / 2])
+    return [min(bounds[0], float(low)), max(bounds[1], float(high))]
 
 
 def p_value(differences: np.ndarray) -> float:

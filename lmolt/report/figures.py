@@ -7,7 +7,7 @@ differ in line style too, so that the figures survive a black-and-white printer.
 import io
 import re
 import warnings
-from functools import cache, lru_cache
+from functools import cache
 
 import matplotlib
 
@@ -15,12 +15,9 @@ matplotlib.use("Agg")  # files only: no display is needed, or opened where there
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.font_manager import FontProperties
-from rdkit import Chem
-from rdkit.Chem import rdDepictor, rdFMCS
-from rdkit.Chem.Draw import rdMolDraw2D
-from rdkit.rdBase import BlockLogs
 
 from lmolt.data.negatives import SIMILARITIES
+from lmolt.report.drawing import CELL, draw
 
 warnings.filterwarnings("ignore", "Glyph .* missing from font")  # an output may hold any character; a box stands for it
 
@@ -39,7 +36,6 @@ _STYLE = {
     "legend.frameon": False,
     "figure.dpi": 200,
 }
-_CELL = (620, 440)  # pixels of a drawn molecule, three times what a page shows
 
 
 def _png(figure) -> bytes:
@@ -157,10 +153,10 @@ def _show(axis, smiles: str, reference: str | None, note: str) -> None:
     if png := draw(smiles, reference):
         axis.imshow(plt.imread(io.BytesIO(png)))
     else:
-        axis.set(xlim=(0, _CELL[0]), ylim=(_CELL[1], 0), aspect="equal")
+        axis.set(xlim=(0, CELL[0]), ylim=(CELL[1], 0), aspect="equal")
         axis.text(
-            _CELL[0] / 2,
-            _CELL[1] / 2,
+            CELL[0] / 2,
+            CELL[1] / 2,
             "invalid SMILES" if smiles.strip() else "empty output",
             ha="center",
             va="center",
@@ -170,40 +166,6 @@ def _show(axis, smiles: str, reference: str | None, note: str) -> None:
     axis.spines[:].set_visible(True)
     axis.spines[:].set_color("#CCCCCC")
     axis.set_xlabel(note, fontsize=7, labelpad=2)
-
-
-@lru_cache(maxsize=4096)
-def draw(smiles: str, reference: str | None = None, size: tuple[int, int] = _CELL) -> bytes | None:
-    """PNG of a molecule, atoms outside the largest part shared with `reference` marked; None where `smiles` is none."""
-    with BlockLogs():  # what is no molecule is an expected answer
-        molecule = Chem.MolFromSmiles(smiles) if 0 < len(smiles) <= 2000 else None
-        if molecule is None or not molecule.GetNumAtoms():
-            return None
-        large, marked = size[0] > 300, []
-        rdDepictor.SetPreferCoordGen(large)  # the better layout, in ten times the time
-        rdDepictor.Compute2DCoords(molecule)
-        if reference is not None:
-            marked = _lay_over(molecule, Chem.MolFromSmiles(reference))
-        canvas = rdMolDraw2D.MolDraw2DCairo(*size)
-        options = canvas.drawOptions()
-        options.setHighlightColour((0.96, 0.72, 0.50))
-        options.padding = 0.06
-        options.bondLineWidth = 2.5 if large else 1
-        options.minFontSize = 10 if large else 6
-        rdMolDraw2D.PrepareAndDrawMolecule(canvas, molecule, highlightAtoms=marked)
-        canvas.FinishDrawing()
-        return canvas.GetDrawingText()
-
-
-def _lay_over(molecule: Chem.Mol, target: Chem.Mol) -> list[int]:
-    """Turn `molecule` so that the largest part shared with `target` lies as there; the atoms outside that part."""
-    rdDepictor.Compute2DCoords(target)
-    found = rdFMCS.FindMCS([target, molecule], timeout=1, ringMatchesRingOnly=True, completeRingsOnly=True)
-    if found.numAtoms < 3:
-        return list(range(molecule.GetNumAtoms()))
-    shared = Chem.MolFromSmarts(found.smartsString)
-    rdDepictor.GenerateDepictionMatching2DStructure(molecule, target, refPatt=shared, acceptFailure=True)
-    return sorted(set(range(molecule.GetNumAtoms())) - set(molecule.GetSubstructMatch(shared)))
 
 
 def unsupported(reference: str, prediction: str) -> list[tuple[str, bool]]:
@@ -279,7 +241,7 @@ def caption_cases(cases: list[dict], words: int = 80) -> bytes:
                 axis.plot([x, x + measure(text)], [at + 0.112] * 2, color=MARK, linewidth=0.7, solid_capstyle="butt")
         for smiles, top in pictures:
             if png := draw(smiles):
-                axis.imshow(plt.imread(io.BytesIO(png)), extent=(0.05, 2.05, top + 2 * _CELL[1] / _CELL[0], top))
+                axis.imshow(plt.imread(io.BytesIO(png)), extent=(0.05, 2.05, top + 2 * CELL[1] / CELL[0], top))
         for at in rules[:-1]:
             axis.plot([0.05, width - 0.05], [at, at], color="#BBBBBB", linewidth=0.6)
         axis.set(xlim=(0, width), ylim=(y, 0), aspect="auto")

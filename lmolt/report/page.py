@@ -7,10 +7,10 @@ from pathlib import Path
 import jinja2
 
 from lmolt.prompts import MOL2CAP
-from lmolt.report import figures
+from lmolt.report.drawing import draw
 from lmolt.report.tables import Table
 
-MOST_ROWS = 1000  # examples a direction that the page keeps; browsers stay quick
+MOST_ROWS = 10_000  # examples a direction that the page keeps; browsers stay quick
 MOST_DRAWN = 60  # examples a direction whose molecules are drawn
 MOST_OPEN = 12  # rows of a table that is not folded away
 LONGEST = 2000  # characters of a text that are kept
@@ -55,10 +55,12 @@ def _width(png: bytes) -> int:
 
 
 def _kept(part: dict, most: int) -> list[dict]:
-    """At most about `most` rows, in their order: the worst and the best of each system by the first measure."""
-    rows, (_, _, better) = part["rows"], part["measures"][0]
-    if len(rows) <= most:
-        return rows
+    """At most about `most` rows, in their order: the worst and the best of each system by the first measure, or, where
+    rows have none, the first."""
+    rows = part["rows"]
+    if len(rows) <= most or not part["measures"]:
+        return rows[:most]
+    better = part["measures"][0][2]
     keep, each = set(), max(1, most // (2 * len(part["systems"])))
     for s in range(len(part["systems"])):
         value = lambda i, s=s: rows[i]["scores"][s][0]
@@ -71,10 +73,10 @@ def _kept(part: dict, most: int) -> list[dict]:
 def _drawings(row: dict, direction: str) -> dict[str, str]:
     """`{SMILES: base64 PNG}` of the molecules of an example."""
     texts = [row["source"]] if direction == MOL2CAP else [row["reference"], *row["outputs"]]
-    found = {text: figures.draw(text, None, (240, 170)) for text in texts if len(text) <= LONGEST}
+    found = {text: draw(text, None, (240, 170)) for text in texts if text}
     return {text: _base64(png) for text, png in found.items() if png}
 
 
 def _short(row: dict) -> dict:
-    cut = lambda text: text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text):,} characters)"
+    cut = lambda t: t if t is None or len(t) <= LONGEST else f"{t[:LONGEST]}… ({len(t):,} characters)"
     return row | {key: cut(row[key]) for key in ("source", "reference")} | {"outputs": [cut(t) for t in row["outputs"]]}

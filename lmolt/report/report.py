@@ -83,25 +83,46 @@ def check_comparable(runs: list[Run]) -> None:
                     f"{first.folder} has {len(mine)} {direction} rows, {other.folder} has {len(theirs)}; {remedy}"
                 )
             for number, (a, b) in enumerate(zip(mine, theirs, strict=True), 1):
-                if a["reference"] != b["reference"]:
-                    raise ValueError(
-                        f"{other.folder / 'predictions.parquet'}, {direction} row {number}: the reference is "
-                        f"{b['reference'][:60]!r}, but {a['reference'][:60]!r} in {first.folder}; {remedy}"
-                    )
+                for what in ("reference", "source"):
+                    if a[what] != b[what]:
+                        raise ValueError(
+                            f"{other.folder / 'predictions.parquet'}, {direction} row {number}: the {what} is "
+                            f"{str(b[what])[:60]!r}, but {str(a[what])[:60]!r} in {first.folder}; {remedy}"
+                        )
+
+
+def unlike(records: dict[str, dict], direction: str) -> dict[str, str]:
+    """Metrics that the systems were not all scored on under one convention, each with what differs.
+
+    Such numbers stand side by side, but none is the best and none is tested.
+    """
+    parts = [r["directions"][direction]["metrics"] for r in records.values() if direction in r["directions"]]
+    found = {}
+    for key in dict.fromkeys(key for part in parts for key in part):
+        conventions = list(dict.fromkeys(part[key]["convention"] for part in parts if "value" in part.get(key, {})))
+        if len(conventions) > 1:
+            first, other = (convention.split("; ") for convention in conventions[:2])
+            differ = [(a, b) for a, b in zip(first, other, strict=False) if a != b] or [
+                (conventions[0], conventions[1])
+            ]
+            found[key] = " against ".join(differ[0])
+    return found
 
 
 def paired_tests(runs: list[Run], baseline: Run, n_bootstrap: int, seed: int) -> dict[str, dict]:
     """`{direction: {(system, key): {"difference", "ci95", "p", "p_holm", "n"}}}` of other runs against the baseline.
 
-    Holm's correction runs over all of a direction's tests: systems times metrics.
+    Only metrics of one convention are tested. Holm's correction runs over all of a direction's tests: systems times
+    metrics.
     """
     tests = {}
     for direction, reference in baseline.scores.items():
         found = {}
         for run in runs:
             if run is not baseline and direction in run.scores:
+                differ = unlike({run.name: run.record, baseline.name: baseline.record}, direction)
                 pair = compare(direction, run.scores[direction], reference, n_bootstrap=n_bootstrap, seed=seed)
-                found |= {(run.name, key): dict(test) for key, test in pair.items()}
+                found |= {(run.name, key): dict(test) for key, test in pair.items() if key not in differ}
         for test, corrected in zip(found.values(), holm([t["p"] for t in found.values()]), strict=True):
             test["p_holm"] = float(corrected)
         tests[direction] = found
@@ -132,10 +153,11 @@ def write_report(
         tests = paired_tests(runs, named[baseline], n_bootstrap, seed)
         place = {d: i for i, d in enumerate(DIRECTIONS)}
         against = [d for d in directions if d in named[baseline].rows]
-        main = [tables.results_table(3 + place[d], records, d, baseline, tests[d]) for d in against]
-        numbered = [tables.results_table(1 + place[d], records, d) for d in directions] + main
+        differ = {d: unlike(records, d) for d in directions}
+        main = [tables.results_table(3 + place[d], records, d, baseline, tests[d], differ[d]) for d in against]
+        numbered = [tables.results_table(1 + place[d], records, d, unlike=differ[d]) for d in directions] + main
         numbered.append(tables.efficiency_table(5, records))
-        numbered += [tables.further_table(6 + place[d], records, d) for d in directions]
+        numbered += [tables.further_table(6 + place[d], records, d, differ[d]) for d in directions]
         numbered += [tables.tests_table(8 + place[d], d, baseline, tests[d]) for d in against if tests[d]]
     numbered = [table for table in numbered if table]
     scored = [(name, record, d) for name, record in records.items() for d in directions if d in record["directions"]]
@@ -155,28 +177,33 @@ def write_report(
 
 
 def _markdown(title: str, runs: list[Run], numbered, each, drawn) -> str:
-    parts = [f"# {title}\n", *map(tables.to_markdown, numbered)]
-    parts += [f"![{caption.split('.')[0]}]({name})\n\n{caption}\n" for name, caption, _ in drawn]
+    parts = [f"# {tables.escaped(title)}\n", *map(tables.to_markdown, numbered)]
+    parts += [f"![{caption.split('.')[0]}]({name})\n\n{tables.escaped(caption)}\n" for name, caption, _ in drawn]
     parts += ["## Every metric, its interval and its convention\n", *map(tables.to_markdown, each)]
     parts.append("## Provenance\n")
     for run in runs:
         kept = {key: run.record.get(key) for key in ("created", "versions", "arguments", "data")}
-        parts.append(f"{run.name}:\n\n```json\n{json.dumps(kept, indent=1, ensure_ascii=False)}\n```\n")
+        parts.append(f"{tables.escaped(run.name)}:\n\n```json\n{json.dumps(kept, indent=1, ensure_ascii=False)}\n```\n")
     return "\n".join(parts)
 
 
-def primary(runs: list[Run], direction: str) -> str:
-    """The per-example measure that every run of `direction` has and that examples are ranked by."""
-    having = [run.scores[direction] for run in runs if direction in run.scores]
+def primary(runs: list[Run], direction: str) -> str | None:
+    """The per-example measure that every run of `direction` has under one convention, and that examples are ranked by;
+    None where they share none."""
+    having = [run for run in runs if direction in run.scores]
+    differ = unlike({run.name: run.record for run in having}, direction)
     keys = (*PRIMARY[direction], *(m.key for m in METRICS[direction]))
-    return next(key for key in keys if all(key in scores for scores in having))
+    return next((k for k in keys if k not in differ and all(k in run.scores[direction] for run in having)), None)
 
 
 def draw_figures(runs: list[Run], directions: list[str]) -> list[tuple[str, str, bytes]]:
     """`(file name, caption, PNG)` of the paper's figures, as far as the runs have what they show."""
     drawn, panels = [], []
     for direction, key, axis in _DISTRIBUTIONS:
-        values = {r.name: r.scores[direction][key] for r in runs if key in r.scores.get(direction, {})}
+        having = {r.name: r for r in runs if direction in r.scores}
+        if key in unlike({name: r.record for name, r in having.items()}, direction):
+            continue
+        values = {name: r.scores[direction][key] for name, r in having.items() if key in r.scores[direction]}
         values = {name: v for name, v in values.items() if np.isfinite(v).any()}
         if values:
             panels.append((DIRECTION_NAMES[direction], axis, values))
@@ -193,16 +220,20 @@ def draw_figures(runs: list[Run], directions: list[str]) -> list[tuple[str, str,
         having = [run for run in runs if direction in run.scores]
         if len(having) > 1:
             key = primary(having, direction)
+            if key is None:
+                continue
             panels.append((DIRECTION_NAMES[direction], [r.name for r in having], cross_wins(having, direction, key)))
             measures.append(f"{DIRECTION_NAMES[direction]}: {declared(direction, key).label}")
     if panels:
         caption = (
             "Figure 2. Cross win rates: the share of examples on which the row's system scores strictly above the "
-            f"column's ({'; '.join(measures)}). Two opposite cells and the ties add up to 100 %."
+            f"column's ({'; '.join(measures)}). Two opposite cells and the ties add up to 100 %. The win rates of the "
+            "tables are others: the share of outputs that pass the paper's criteria (NLI; Chr-F, length, validity)."
         )
         drawn.append(("figure2_win_rates.png", caption, figures.win_rates(panels)))
     for direction in (CAP2MOL, MOL2CAP):
-        if direction in directions:
+        rows = next((run.rows[direction] for run in runs if direction in run.rows), [])
+        if rows and rows[0]["reference"] is not None and primary(runs, direction):
             drawn.append(_case_figure(runs, direction))
     return drawn
 
@@ -250,16 +281,18 @@ def _note(run: Run, direction: str, i: int) -> str:
 def _examples(runs: list[Run], direction: str) -> dict:
     """What report.html's browser of examples shows: rows with every system's output and per-example scores."""
     having = [run for run in runs if direction in run.rows]
-    shared = [m.key for m in METRICS[direction] if m.paper and all(m.key in run.scores[direction] for run in having)]
-    keys = [k for k in shared if k != "uniqueness"]  # says nothing of one example
+    shared = [m for m in METRICS[direction] if all(m.key in run.scores[direction] for run in having)]
+    shown = [m.key for m in shared if m.paper] or [m.key for m in shared]
+    keys = [k for k in shown if k != "uniqueness"]  # says nothing of one example
     ranking = primary(having, direction)
     keys.sort(key=lambda k: k != ranking)  # the measure that the browser opens with
-    columns = [np.stack([run.scores[direction][k] for k in keys], axis=1) for run in having]  # S times (n, measures)
+    n = len(having[0].rows[direction])
+    columns = [np.reshape([run.scores[direction][k] for k in keys], (len(keys), n)).T for run in having]
     return {
         "title": DIRECTION_NAMES[direction],
         "systems": [run.name for run in having],
         "measures": [[key, declared(direction, key).label, declared(direction, key).better] for key in keys],
-        "n": len(having[0].rows[direction]),
+        "n": n,
         "rows": [
             {
                 "id": rows[0]["id"],

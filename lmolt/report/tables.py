@@ -126,16 +126,24 @@ def _by_reason(absent) -> dict[str, str]:
 
 
 def results_table(
-    number: int, records: dict[str, dict], direction: str, baseline: str | None = None, tests: dict | None = None
+    number: int,
+    records: dict[str, dict],
+    direction: str,
+    baseline: str | None = None,
+    tests: dict | None = None,
+    unlike: dict[str, str] | None = None,
 ) -> Table:
     """The paper's tables: a system a row, the best value of a column in bold; with `baseline`, differences from it.
 
-    `tests`: `{(system, key): {"p_holm", ...}}` against the baseline; a dagger marks p < 0.05.
+    `tests`: `{(system, key): {"p_holm", ...}}` against the baseline; a dagger marks p < 0.05. `unlike`: metrics that
+    were scored under several conventions, with what differs: they have no best value and no difference.
     """
+    unlike = unlike or {}
     parts = {name: r["directions"][direction] for name, r in records.items() if direction in r["directions"]}
     entry = lambda name, key: parts[name]["metrics"].get(key, {"absent": "not computed"})
     kept, missing = _of_paper(direction, [part["metrics"] for part in parts.values()])
     best = {m.key: _best({name: entry(name, m.key) for name in parts}, m.better, m.decimals) for m in kept}
+    best |= dict.fromkeys(unlike, set())
     rows = []
     for name in parts:
         row = [Cell(name)]
@@ -147,7 +155,7 @@ def results_table(
                 continue
             if baseline is None and found.get("ci95"):
                 small = f"[{shown(found['ci95'][0], decimals)}, {shown(found['ci95'][1], decimals)}]"
-            elif baseline not in (None, name) and "value" in entry(baseline, key):
+            elif baseline not in (None, name) and key not in unlike and "value" in entry(baseline, key):
                 difference = shown(found["value"] - entry(baseline, key)["value"], decimals)
                 plus = "" if difference.startswith("−") or float(difference) == 0 else "+"
                 significant = (tests or {}).get((name, key), {"p_holm": 1})["p_holm"] < 0.05
@@ -160,8 +168,13 @@ def results_table(
     else:
         note += f" In parentheses: difference from {baseline}"
         note += "; † p < 0.05, paired bootstrap, Holm-corrected." if tests else "."
-        untested = [m.label for m in kept if m.key not in {tested for _, tested in tests or ()}]
+        tested = {key for _, key in tests or ()}
+        untested = [m.label for m in kept if m.key not in tested and m.key not in unlike]
         note += f" Not tested: {', '.join(untested)}." if tests and untested else ""
+    for metric in kept:
+        if metric.key in unlike:
+            note += f" {metric.label} was scored under several conventions, so it is neither bold nor tested"
+            note += f" ({unlike[metric.key]})."
     if any(NOT_COMPARABLE in entry(name, metric.key).get("convention", "") for name in parts for metric in kept):
         note += " Some numbers are not comparable with published ones: see the conventions."
     if missing:
@@ -176,13 +189,17 @@ def results_table(
 
 
 def _best(entries: dict[str, dict], better: int, decimals: int) -> set[str]:
-    """The systems whose value, as printed, is the best; none where there is nothing to compare."""
+    """The systems whose value, as printed, is the best; none where there is nothing to compare, or all have 0."""
     goodness = lambda value: better * value if better else -abs(value)
     good = {name: goodness(round(e["value"], decimals)) for name, e in entries.items() if "value" in e}
-    return {name for name in good if len(good) > 1 and good[name] == max(good.values())}
+    if len(good) < 2 or set(good.values()) == {0}:
+        return set()
+    return {name for name in good if good[name] == max(good.values())}
 
 
-def further_table(number: int, records: dict[str, dict], direction: str) -> Table | None:
+def further_table(
+    number: int, records: dict[str, dict], direction: str, unlike: dict[str, str] | None = None
+) -> Table | None:
     """Metrics beyond the paper's, one a row, a system a column; None where there are none."""
     parts = {name: r["directions"][direction]["metrics"] for name, r in records.items() if direction in r["directions"]}
     paper = {m.key for m in _of_paper(direction, list(parts.values()))[0]}
@@ -196,11 +213,16 @@ def further_table(number: int, records: dict[str, dict], direction: str) -> Tabl
                 Cell(shown(e["value"], metric.decimals), small(e), e["value"]) if "value" in e else Cell("–")
                 for e in found
             ]
-            rows.append([Cell(metric.label if metric.label == key else f"{metric.label} ({key})"), *cells])
+            name = metric.label if metric.label == key else f"{metric.label} ({key})"
+            rows.append([Cell(name + " ‡" * (key in (unlike or {}))), *cells])
     title = f"Table {number}. {DIRECTION_NAMES[direction]}, beyond the paper"
     note = "Definitions and conventions: each system's own table, and docs/metrics.md."
     if any("p_permutation" in part.get(key, {}) for part in parts.values() for key in keys):
         note += " Grounding: the score less that of the outputs shuffled among the rows, with its permutation p-value."
+    if any(key in (unlike or {}) for key in keys):
+        note += " ‡ scored under several conventions: not to be compared."
+    if "fcd" in keys:
+        note += " FCD of fcd 1.2.2 moves with the longest string of either side: the paper's is 1.1's, in its table."
     return Table(f"table{number}_{direction}_further", title, ["Metric", *parts], rows, note) if rows else None
 
 
@@ -236,11 +258,19 @@ def efficiency_table(number: int, records: dict[str, dict]) -> Table | None:
     return Table(f"table{number}_efficiency", f"Table {number}. Efficiency of training", columns, rows, note)
 
 
+def escaped(text: str) -> str:
+    """Text as Markdown that shows it: on one line, and nothing of it HTML, a link, a heading or a cell's end."""
+    text = re.sub(r"\s+", " ", text).replace("\\", "\\\\").replace("|", "\\|")
+    text = re.sub(r"<(?=[\w/!?])", "&lt;", text)
+    # A bracket is only that but in a link, an underscore within a word.
+    return re.sub(r"(\](?=[\[(:])|[`*]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+
+
 def to_markdown(table: Table) -> str:
-    escape = lambda text: re.sub(r"<(?=[\w/!?])", "&lt;", re.sub(r"\s+", " ", text)).replace("|", "\\|")
+    escape = escaped
     cell = lambda c: " ".join(filter(None, [f"**{escape(c.text)}**" if c.bold else escape(c.text), escape(c.small)]))
     lines = [[escape(name) for name in table.columns], *([cell(c) for c in row] for row in table.rows)]
-    widths = [min(max(map(len, column)), 40) for column in zip(*lines, strict=True)]
+    widths = [min(max(3, *map(len, column)), 40) for column in zip(*lines, strict=True)]
     left = [i == 0 or name == "Convention" for i, name in enumerate(table.columns)]
     lines.insert(
         1,
@@ -267,8 +297,13 @@ def to_csv(table: Table) -> str:
     plain = [re.sub(" [↑↓]$| → 0$", "", name) for name in table.columns]
     writer.writerow(spread((name, f"{name} in brackets") for name in plain))
     for row in table.rows:
-        writer.writerow(spread((c.text if c.value is None else c.value, c.small) for c in row))
+        writer.writerow(spread((_inert(c.text) if c.value is None else c.value, c.small) for c in row))
     return buffer.getvalue()
+
+
+def _inert(text: str) -> str:
+    """Text that a spreadsheet takes for text: a quote before what it would compute (a name like =HYPERLINK(...))."""
+    return f"'{text}" if text.startswith(("=", "+", "@", "\t", "\r")) or re.match(r"-\D", text) else text
 
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "–": "--"}
