@@ -29,13 +29,12 @@ import random
 from collections import Counter, defaultdict
 from datetime import UTC, datetime
 
-from lmolt.files import run_main, versions
+from lmolt.files import cache_folder, run_main, versions
 from lmolt.generation.systems import SYSTEMS, System, finish, load, read_system
 from lmolt.prompts import CAP2MOL, COLUMNS, DIRECTIONS, MOL2CAP, build_prompt
 from lmolt.recipes import Parser
 
 PACKAGES = ("torch", "transformers", "peft", "rdkit", "fcd", "nltk", "rapidfuzz", "numpy")
-CACHE = Path(os.environ.get("LMOLT_CACHE", Path.home() / ".cache" / "lmolt"))
 WRITTEN = ("metrics.json", "predictions.parquet", "scores.parquet", "report.md", "report.html", "journal")
 WRITTEN += ("figure[1-9]*.png", "table[1-9]*.csv", "table[1-9]*.tex")
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # as accelerate launch numbers them; it alone scores and writes
@@ -101,7 +100,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     metric.add_argument("--delta_threshold", type=int, default=5, help="and below this |length difference|")
     metric.add_argument("--n_shuffles", type=int, default=99, help="of the outputs, for what they owe to their sources")
     metric.add_argument("--n_bootstrap", type=int, help="resamples (default: 1,000 for intervals, 10,000 to compare)")
-    metric.add_argument("--cache_dir", type=Path, default=CACHE, help="keeps references' features")
+    metric.add_argument("--cache_dir", type=Path, help="keeps references' features (default: LMOLT_CACHE)")
     sharing = parser.add_argument_group("sharing")
     sharing.add_argument("--push_to_hub", action="store_true", help="put the metrics on the model's card on the Hub")
     sharing.add_argument("--hub_model_id", metavar="OWNER/NAME", help="the model whose card that is")
@@ -343,7 +342,7 @@ def evaluate(args: argparse.Namespace) -> None:
                 delta_threshold=args.delta_threshold,
                 property_tree=args.property_tree,
                 fcd=not args.no_fcd,
-                cache_dir=args.cache_dir,
+                cache_dir=args.cache_dir or cache_folder(),
                 n_shuffles=args.n_shuffles,
                 n_bootstrap=args.n_bootstrap or 1000,
                 seed=args.seed,

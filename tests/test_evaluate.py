@@ -353,3 +353,53 @@ def test_a_sequence_to_sequence_model_and_a_quantised_one(script, tiny_policy, t
     assert outputs("--model", tiny_policy, "--load_in_4bit") == expected
     with pytest.raises(ValueError, match="encoder-decoder"):
         outputs("--model", tmp_path / "t5", "--load_in_4bit")
+
+
+def test_sources_without_references_and_the_round_trip(script, tiny_policy, tmp_path):
+    """A list of SMILES in; captions and what needs no gold out, in a report without a page of zeros."""
+    (tmp_path / "smiles.txt").write_text("".join(f"{molecule}\n" for molecule, _ in PAIRS))
+    script("--model", tiny_policy, "--pairs", tmp_path / "smiles.txt", "--no_references", "--directions", MOL2CAP,
+           "--round_trip", "--max_new_tokens", 4, "--n_bootstrap", 20, "--output", tmp_path / "out")  # fmt: skip
+    record = json.loads((tmp_path / "out" / "metrics.json").read_text())["directions"][MOL2CAP]
+    assert record["counts"]["no_reference"] == 6 and record["counts"]["truncated"] > 0
+    valued = {key for key, entry in record["metrics"].items() if "value" in entry}
+    assert {"round_trip_validity", "round_trip_exact", "round_trip_morgan", "group_unclaimed"} <= valued
+    assert not {"bleu2", "rouge1", "meteor_stem", "delta_len"} & record["metrics"].keys()
+    assert "translated back by" in record["metrics"]["round_trip_exact"]["convention"]
+    assert str(tiny_policy) in record["metrics"]["round_trip_exact"]["convention"]
+    rows = read_table(tmp_path / "out" / "predictions.parquet")
+    assert [row["source"] for row in rows] == [m for m, _ in PAIRS] and rows[0]["reference"] is None
+    assert "returned" in rows[0] and "BLEU" not in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_outputs_alone_are_scored_by_what_needs_nothing_else(script, tmp_path):
+    (tmp_path / "o.txt").write_text("CCO\nC(\n\nCCN extra\nCCO\n")
+    (tmp_path / "known.csv").write_text("molecule\nOCC\n")
+    script("--predictions", tmp_path / "o.txt", "--direction", CAP2MOL, "--no_references", "--n_bootstrap", 20,
+           "--novelty", tmp_path / "known.csv", "--output", tmp_path / "out")  # fmt: skip
+    record = json.loads((tmp_path / "out" / "metrics.json").read_text())["directions"][CAP2MOL]
+    values = {key: entry["value"] for key, entry in record["metrics"].items() if "value" in entry}
+    assert values == {
+        "validity": pytest.approx(3 / 5),
+        "validity_strict": pytest.approx(2 / 5),
+        "uniqueness": pytest.approx(2 / 3),
+        "novelty": pytest.approx(1 / 3),
+    }
+    assert record["counts"]["text_after_prediction"] == 1
+
+
+def test_a_comparison_leaves_out_by_name_what_was_scored_under_other_conventions(script, evaluated, tmp_path):
+    rows = [row for row in read_table(evaluated / "1.jsonl") if row["direction"] == CAP2MOL]
+    write_table(rows, tmp_path / "p.jsonl")
+    for name, more in (("a", ()), ("b", ("--chrf_threshold", 0.9))):
+        script("--predictions", tmp_path / "p.jsonl", "--direction", CAP2MOL, "--output", tmp_path / name,
+               "--n_bootstrap", 20, "--no_fcd", *more)  # fmt: skip
+    script("--compare", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "ab", "--n_bootstrap", 20)
+    tested = {row["Metric"] for row in read_table(tmp_path / "ab" / "table9_cap2mol_tests.csv")}
+    assert "Chr-F" in tested and "Wins" not in tested
+    assert "Wins was scored under several conventions" in (tmp_path / "ab" / "report.md").read_text()
+
+
+def test_one_file_a_direction(tmp_path, script):
+    with pytest.raises(ValueError, match="a direction's outputs are one file"):
+        script("--predictions", "a.txt", "b.txt", "--direction", CAP2MOL, CAP2MOL, "--output", tmp_path / "o")
