@@ -1,7 +1,10 @@
 """Tiny models and data, made here: nothing is downloaded."""
 
+import functools
 import importlib.util
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,9 +17,12 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 
+QUICK = ["--use_cpu", "true", "--bf16", "false", "--load_in_4bit", "false", "--gradient_accumulation_steps", "4"]
+
 from lmolt import ownership  # noqa: E402
 
 
+@functools.cache
 def load_script(name: str):
     """The module scripts/NAME.py, which puts the project's root first on `sys.path` when it is loaded."""
     spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
@@ -93,3 +99,80 @@ def few_triples() -> list[dict]:
             {"id": f"c{i}", "direction": "cap2mol", "source": caption + str(i), "chosen": smiles, "rejected": wrong},
         ]
     return triples
+
+
+@pytest.fixture
+def triples_file(tmp_path, few_triples):
+    path = tmp_path / "triples.parquet"
+    from lmolt.data.triples import write_triples
+
+    write_triples(few_triples, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def evaluate():
+    """scripts/evaluate.py in this process: `evaluate("--flag", ...)` is its command line."""
+    import torch
+
+    torch.set_num_threads(1)  # on a busy machine threads of tiny products wait for each other
+    return lambda *argv: load_script("evaluate").main([str(argument) for argument in argv])
+
+
+@pytest.fixture(scope="session")
+def merge():
+    """scripts/merge.py in this process."""
+    return lambda *argv: load_script("merge").main([str(argument) for argument in argv])
+
+
+@pytest.fixture
+def two_nodes(tmp_path):
+    from machines import TwoNodes
+
+    if not shutil.which("ip") or subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
+        pytest.skip("needs iproute2, and root's right to make network namespaces")
+    nodes = TwoNodes(tmp_path)
+    yield nodes
+    nodes.remove()
+
+
+def make_t5(tiny_policy: Path, folder: Path) -> Path:
+    """A random T5 of two layers with the tiny Llama's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    torch.manual_seed(1)
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    ids = {"vocab_size": len(tokenizer), "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, **ids, tie_word_embeddings=False, initializer_factor=2.0))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_nli(folder: Path, labels: list[str]) -> Path:
+    """A random DeBERTa of one layer over the words a, b, c, d, the."""
+    import torch
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast, DebertaConfig, DebertaForSequenceClassification
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d", "the"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    inner = BertWordPieceTokenizer(str(folder / "vocab.txt"))
+    BertTokenizerFast(tokenizer_object=inner._tokenizer, model_max_length=64).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = DebertaConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=64,
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+    )
+    model = DebertaForSequenceClassification(config)
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(folder)
+    return folder

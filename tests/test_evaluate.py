@@ -1,6 +1,5 @@
 """scripts/evaluate.py as a user runs it: existing outputs, a model's, comparisons; what is written, and errors."""
 
-import importlib.util
 import json
 import os
 import re
@@ -11,8 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_metrics_captions import make_nli
-from test_translate import make_t5
+from conftest import make_nli, make_t5
 
 from lmolt.files import read_table, write_table
 from lmolt.prompts import CAP2MOL, MOL2CAP
@@ -36,26 +34,7 @@ SYSTEMS = {  # outputs in the pairs' order: captions, molecules
 
 
 @pytest.fixture(scope="session")
-def script():
-    """scripts/evaluate.py as a module: `run("--flag", ...)` is the command line without a new process."""
-    import torch
-
-    torch.set_num_threads(1)  # on a busy machine threads of tiny products wait for each other
-    before = sys.path[0]
-    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "scripts" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[0] = before
-
-    def run(*argv):
-        args = module.parse_arguments([str(a) for a in argv])
-        module.compare(args) if args.compare else module.evaluate(args)
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def evaluated(script, tmp_path_factory):
+def evaluated(evaluate, tmp_path_factory):
     """A folder with one run for each of SYSTEMS, as the script writes it."""
     folder = tmp_path_factory.mktemp("evaluated")
     for i, (name, (captions, molecules)) in enumerate(SYSTEMS.items()):
@@ -68,18 +47,20 @@ def evaluated(script, tmp_path_factory):
             ]
         write_table(rows, folder / f"{i}.jsonl")
         file = folder / f"{i}.jsonl"
-        script("--predictions", file, file, "--direction", "mol2cap", "cap2mol", "--output", folder / f"run{i}",
+        evaluate("--predictions", file, file, "--direction", "mol2cap", "cap2mol", "--output", folder / f"run{i}",
                "--name", name, "--n_bootstrap", 50, "--no_fcd", "--cache_dir", folder / "cache")  # fmt: skip
     return folder
 
 
 @pytest.fixture(scope="session")
-def compared(script, evaluated):
+def compared(evaluate, evaluated):
     """The folder of a comparison of the three, against the first; one has been trained and says what that took."""
     record = json.loads((evaluated / "run1" / "metrics.json").read_text())
     record["efficiency"] = {"wall_seconds": 1800, "tokens": 1_000_000, "gpu_energy_joules": None}
     (evaluated / "run1" / "metrics.json").write_text(json.dumps(record))
-    script("--compare", *(evaluated / f"run{i}" for i in range(3)), "--output", evaluated / "all", "--n_bootstrap", 200)
+    evaluate(
+        "--compare", *(evaluated / f"run{i}" for i in range(3)), "--output", evaluated / "all", "--n_bootstrap", 200
+    )
     return evaluated / "all"
 
 
@@ -181,26 +162,26 @@ def test_the_page_in_a_browser(compared, tmp_path):
     assert found["theme"] in ("dark", "light")
 
 
-def test_comparisons_that_make_no_sense(script, evaluated, tmp_path):
+def test_comparisons_that_make_no_sense(evaluate, evaluated, tmp_path):
     one, two = evaluated / "run0", evaluated / "run1"
     with pytest.raises(ValueError, match="'nobody' is not one of the systems: plain, better"):
-        script("--compare", one, two, "--baseline", "nobody", "--output", tmp_path)
+        evaluate("--compare", one, two, "--baseline", "nobody", "--output", tmp_path)
     with pytest.raises(ValueError, match="two systems are called 'plain'; name them"):
-        script("--compare", one, one, "--output", tmp_path)
+        evaluate("--compare", one, one, "--output", tmp_path)
     with pytest.raises(FileNotFoundError, match="metrics.json is not there"):
-        script("--compare", one, tmp_path, "--output", tmp_path)
+        evaluate("--compare", one, tmp_path, "--output", tmp_path)
     with pytest.raises(ValueError, match="at least two"):
-        script("--compare", one, "--output", tmp_path)
+        evaluate("--compare", one, "--output", tmp_path)
     rows = [row for row in read_table(evaluated / "1.jsonl") if row["direction"] == "mol2cap"]
     rows[3]["reference"] = "something else"
     write_table(rows, tmp_path / "p.jsonl")
-    script("--predictions", tmp_path / "p.jsonl", "--direction", "mol2cap", "--output", tmp_path / "odd",
+    evaluate("--predictions", tmp_path / "p.jsonl", "--direction", "mol2cap", "--output", tmp_path / "odd",
            "--n_bootstrap", 10, "--cache_dir", tmp_path)  # fmt: skip
     with pytest.raises(ValueError, match="mol2cap row 4: the reference is 'something else', but 'It is a primary"):
-        script("--compare", one, tmp_path / "odd", "--output", tmp_path)
+        evaluate("--compare", one, tmp_path / "odd", "--output", tmp_path)
     write_table(rows[:-1], tmp_path / "odd" / "predictions.parquet")
     with pytest.raises(ValueError, match="is not the one metrics.json scored"):
-        script("--compare", one, tmp_path / "odd", "--output", tmp_path)
+        evaluate("--compare", one, tmp_path / "odd", "--output", tmp_path)
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path):
@@ -213,10 +194,10 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_place_that_cannot_be_written_to_is_found_first(script, tmp_path):
+def test_a_place_that_cannot_be_written_to_is_found_first(evaluate, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is no folder that can be written to"):
-        script("--predictions", "none.tsv", "--direction", "cap2mol", "--output", tmp_path / "file" / "out")
+        evaluate("--predictions", "none.tsv", "--direction", "cap2mol", "--output", tmp_path / "file" / "out")
 
 
 def test_help_is_quick():
@@ -226,7 +207,7 @@ def test_help_is_quick():
     assert time.monotonic() - start < 2
 
 
-def test_a_killed_run_goes_on_where_it_was(script, tiny_policy, tmp_path):
+def test_a_killed_run_goes_on_where_it_was(evaluate, tiny_policy, tmp_path):
     output = tmp_path / "out"
     write_table([{"molecule": "C" * i, "caption": f"{i} carbons"} for i in range(1, 41)], tmp_path / "pairs.csv")
     shutil.copytree(tiny_policy, tmp_path / "model")
@@ -255,19 +236,19 @@ def test_a_killed_run_goes_on_where_it_was(script, tiny_policy, tmp_path):
     process.kill()
     process.wait()
     assert 0 < len(keys()) < 48 and not (output / "predictions.parquet").exists()
-    script(*arguments, output)
+    evaluate(*arguments, output)
     assert len(keys()) == len(set(keys())) == 48  # 24 pairs, two directions, nothing translated twice
     rows = read_table(output / "predictions.parquet")
     assert [row["direction"] for row in rows] == ["mol2cap"] * 24 + ["cap2mol"] * 24
-    script(*arguments, tmp_path / "whole")
+    evaluate(*arguments, tmp_path / "whole")
     assert read_table(tmp_path / "whole" / "predictions.parquet") == rows
     assert json.loads((output / "metrics.json").read_text())["efficiency"] == {"wall_seconds": 60}
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/data beside the checkout")
-def test_the_official_scripts_numbers(script, tmp_path):
+def test_the_official_scripts_numbers(evaluate, tmp_path):
     files = [SHARED / "lpm24" / f"{direction}_example.tsv" for direction in ("mol2cap", "cap2mol")]
-    script("--predictions", *files, "--direction", "mol2cap", "cap2mol", "--output", tmp_path / "out",
+    evaluate("--predictions", *files, "--direction", "mol2cap", "cap2mol", "--output", tmp_path / "out",
            "--text_tokenizer", SHARED / "scibert", "--nltk_data", SHARED / "nltk_data", "--n_bootstrap", 20,
            "--cache_dir", tmp_path)  # fmt: skip
     directions = json.loads((tmp_path / "out" / "metrics.json").read_text())["directions"]
@@ -282,43 +263,43 @@ def test_the_official_scripts_numbers(script, tmp_path):
                 ), key
 
 
-def test_rows_whose_reference_is_no_molecule_can_be_left_out(script, tmp_path, capsys):
+def test_rows_whose_reference_is_no_molecule_can_be_left_out(evaluate, tmp_path, capsys):
     """Not counted as invalid outputs, as MolT5's scripts would: validity is that of the two rows that remain."""
     file = tmp_path / "o.tsv"
     file.write_text("description\tground truth\toutput\na\tCCO\tCCO\nb\tC1CC\tCC\nc\tCC\tC(\n")
     arguments = ["--predictions", file, "--direction", "cap2mol", "--no_fcd", "--n_bootstrap", 10]
     arguments += ["--cache_dir", tmp_path / "cache", "--output", tmp_path / "out"]
     with pytest.raises(ValueError, match=r"o.tsv, cap2mol row 2: the reference 'C1CC' .*--invalid_pairs drop"):
-        script(*arguments)
-    script(*arguments, "--invalid_pairs", "drop")
+        evaluate(*arguments)
+    evaluate(*arguments, "--invalid_pairs", "drop")
     assert "left out: id 1, no molecule is its reference 'C1CC'" in capsys.readouterr().out
     part = json.loads((tmp_path / "out" / "metrics.json").read_text())["directions"]["cap2mol"]
     assert part["n"] == 2 and part["counts"]["unreadable_reference_dropped"] == 1
     assert part["metrics"]["validity"]["value"] == 0.5 and part["metrics"]["morgan"]["value"] == 1
     file.write_text("description\tground truth\toutput\nb\tC1CC\tCC\n")
     with pytest.raises(ValueError, match="RDKit reads none of its 1 references, such as 'C1CC'"):
-        script(*arguments, "--invalid_pairs", "drop")
+        evaluate(*arguments, "--invalid_pairs", "drop")
 
 
-def test_entailment_by_a_local_model(script, tmp_path):
+def test_entailment_by_a_local_model(evaluate, tmp_path):
     rows = [("C", "a b", "a b"), ("CC", "the c", "d d"), ("CCC", "a", "")]
     table = ["SMILES\tground truth\toutput", *map("\t".join, rows), ""]
     (tmp_path / "o.tsv").write_text("\n".join(table))
     arguments = ["--predictions", tmp_path / "o.tsv", "--direction", "mol2cap", "--n_bootstrap", 20]
     (tmp_path / "nli").mkdir()
     make_nli(tmp_path / "nli", ["contradiction", "entailment", "neutral"])
-    script(*arguments, "--nli_model", tmp_path / "nli", "--output", tmp_path / "with")
+    evaluate(*arguments, "--nli_model", tmp_path / "nli", "--output", tmp_path / "with")
     found = json.loads((tmp_path / "with" / "metrics.json").read_text())["directions"]["mol2cap"]["metrics"]
     assert 0 < found["nli_entailment"]["value"] < 2 / 3 and found["nli_entailment"]["n"] == 3  # the empty one counts 0
     assert str(tmp_path / "nli") in found["nli_entailment"]["convention"] and "value" in found["nli_win_rate"]
     report = (tmp_path / "with" / "report.md").read_text()
     assert "percentile of Entailment" in report and "Entailment needs --nli_model" not in report
-    script(*arguments, "--nli_model", tmp_path / "none", "--output", tmp_path / "without")
+    evaluate(*arguments, "--nli_model", tmp_path / "none", "--output", tmp_path / "without")
     found = json.loads((tmp_path / "without" / "metrics.json").read_text())["directions"]["mol2cap"]["metrics"]
     assert "could not be loaded" in found["nli_entailment"]["absent"] and "value" in found["rougeL"]
 
 
-def test_a_sequence_to_sequence_model_and_a_quantised_one(script, tiny_policy, tmp_path):
+def test_a_sequence_to_sequence_model_and_a_quantised_one(evaluate, tiny_policy, tmp_path):
     import torch
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -326,7 +307,7 @@ def test_a_sequence_to_sequence_model_and_a_quantised_one(script, tiny_policy, t
     from lmolt.prompts import build_prompt, encode_prompt
 
     def outputs(*arguments):
-        script(*arguments, "--pairs", tmp_path / "pairs.csv", "--max_new_tokens", 12, "--n_bootstrap", 5, "--no_fcd",
+        evaluate(*arguments, "--pairs", tmp_path / "pairs.csv", "--max_new_tokens", 12, "--n_bootstrap", 5, "--no_fcd",
                "--output", tmp_path / "out")  # fmt: skip
         rows = read_table(tmp_path / "out" / "predictions.parquet")
         shutil.rmtree(tmp_path / "out")

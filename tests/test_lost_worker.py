@@ -11,8 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_make_triples import PAIRS
-from test_two_nodes import CPO, one_process, steps, two_nodes  # noqa: F401
+from machines import CPO, one_process, steps
 
 from lmolt.data.triples import write_triples
 from lmolt.files import read_table, write_table
@@ -36,7 +35,7 @@ def workers(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_a_killed_process_and_a_cut_cable(two_nodes, tmp_path, tiny_policy, few_triples):  # noqa: F811
+def test_a_killed_process_and_a_cut_cable(two_nodes, tmp_path, tiny_policy, few_triples):
     write_triples(few_triples, tmp_path / "triples.jsonl")
     arguments = ["--model", tiny_policy, "--triples", tmp_path / "triples.jsonl", "--load_in_4bit", "false"]
     arguments += ["--num_train_epochs", "10", "--save_strategy", "steps", "--save_steps", "5", *CPO]
@@ -77,7 +76,7 @@ def test_a_killed_process_and_a_cut_cable(two_nodes, tmp_path, tiny_policy, few_
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "victim"), [("make_triples", 1), ("evaluate", 0)])
 def test_a_killed_translator_loses_nothing(script, victim, tmp_path, tiny_policy):
-    write_table(PAIRS, tmp_path / "pairs.csv")
+    write_table([{"molecule": "C" * n, "caption": f"A chain of {n}."} for n in range(1, 21)], tmp_path / "pairs.csv")
     arguments = ["--pairs", tmp_path / "pairs.csv", "--max_new_tokens", "32", "--tokens_per_batch", "200"]
     if script == "make_triples":
         arguments += ["--mol2cap_model", tiny_policy, "--cap2mol_model", tiny_policy, "--fraction", "1", "--same_pairs"]

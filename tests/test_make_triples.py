@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_translate import make_t5
+from conftest import make_t5
 
 from lmolt.data.triples import read_triples
 from lmolt.files import write_table

@@ -1,7 +1,6 @@
 """scripts/merge.py as a user runs it: good calls, the table of bad inputs, kills, checks afterwards."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import random
@@ -22,17 +21,6 @@ from lmolt import ownership
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "merge.py"
-
-
-@pytest.fixture(scope="module")
-def merge():
-    """`main` of the script, in this process."""
-    spec = importlib.util.spec_from_file_location("merge_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    first = sys.path[0]
-    spec.loader.exec_module(module)
-    sys.path[0] = first
-    return lambda *argv: module.main([str(argument) for argument in argv])
 
 
 @pytest.fixture

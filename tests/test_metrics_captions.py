@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import make_nli
 
 from lmolt.metrics import caption, compare, ngrams, properties, score
 from lmolt.metrics.hallucination import GROUPS, entailment, entailment_label, groups_claimed, groups_present
@@ -236,33 +237,6 @@ def test_functional_groups():
     assert found["group_hallucination"][0] == 0.5 and np.isnan(found["group_hallucination"][1])
     assert found["group_hallucination_reference"].tolist() == [0, 1]
     assert found["group_missed"][0] == 0
-
-
-def make_nli(folder: Path, labels: list[str]) -> Path:
-    """A random DeBERTa of one layer over the words a, b, c, d, the."""
-    import torch
-    from tokenizers import BertWordPieceTokenizer
-    from transformers import BertTokenizerFast, DebertaConfig, DebertaForSequenceClassification
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d", "the"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    inner = BertWordPieceTokenizer(str(folder / "vocab.txt"))
-    BertTokenizerFast(tokenizer_object=inner._tokenizer, model_max_length=64).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = DebertaConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=64,
-        id2label=dict(enumerate(labels)),
-        label2id={label: i for i, label in enumerate(labels)},
-    )
-    model = DebertaForSequenceClassification(config)
-    torch.nn.init.normal_(model.classifier.weight)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("labels", [["entailment", "neutral", "contradiction"], ["CONTRADICTION", "ENTAILMENT", "N"]])

@@ -7,12 +7,14 @@ import time
 
 import pytest
 import torch
+from conftest import QUICK, load_script
 from safetensors.torch import load_file
-from test_train_pref import QUICK, script, triples_file  # noqa: F401
+
+script = load_script("train_pref")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_asked_to_stop(number, script, triples_file, tiny_policy, tmp_path, capsys):  # noqa: F811
+def test_asked_to_stop(number, triples_file, tiny_policy, tmp_path, capsys):
     arguments = ["--loss", "cpo", "--model", tiny_policy, "--triples", triples_file, *QUICK, "--lora_r", "8"]
     arguments += ["--eval_strategy", "no", "--eval_fraction", "0", "--save_strategy", "steps", "--save_steps", "4"]
     run = lambda name, *more: script.main([*map(str, arguments), "--output_dir", str(tmp_path / name), *more])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_translate import make_t5
+from conftest import make_t5
 
 from lmolt.generation import ranking
 from lmolt.generation.ranking import score

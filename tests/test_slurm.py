@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_two_nodes import CPO, one_process, steps
+from machines import CPO, one_process, steps
 
 from lmolt.data.triples import write_triples
 

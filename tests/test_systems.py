@@ -13,7 +13,6 @@ from lmolt.generation.systems import SYSTEMS, System, finish, load, read_system
 from lmolt.generation.translate import translate
 from lmolt.models.internlm2 import load_internlm2
 from lmolt.prompts import CAP2MOL, DIRECTIONS, MOL2CAP, STYLES, build_prompt, encode_prompt
-from tests.test_evaluate import script  # noqa: F401
 
 NAMES = list(yaml.safe_load(SYSTEMS.read_text()))
 
@@ -213,13 +212,13 @@ def test_generation_ends_at_a_stop_that_is_one_token(tiny_policy):
     assert translate(model, tokenizer, prompts, max_new_tokens=4) == [""]
 
 
-def test_evaluate_system(script, tiny_t5, tiny_policy, tmp_path):  # noqa: F811
+def test_evaluate_system(evaluate, tiny_t5, tiny_policy, tmp_path):
     """A model a direction, other prompts and files of systems: what `--system` is for."""
     entry = yaml.safe_load(SYSTEMS.read_text())["meditron"]
     entry |= {"mol2cap": {"model": str(tiny_t5)}, "cap2mol": {"model": str(tiny_policy)}}
     (tmp_path / "systems.yaml").write_text(yaml.safe_dump({"two": entry}))
     write_table([{"molecule": "C" * i, "caption": f"{i} carbons"} for i in range(1, 7)], tmp_path / "pairs.csv")
-    script("--system", "two", "--systems", tmp_path / "systems.yaml", "--pairs", tmp_path / "pairs.csv",
+    evaluate("--system", "two", "--systems", tmp_path / "systems.yaml", "--pairs", tmp_path / "pairs.csv",
            "--max_new_tokens", 8, "--n_bootstrap", 10, "--no_fcd", "--output", tmp_path / "out")  # fmt: skip
     record = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert record["entry"]["prompt"] == "meditron" and record["entry"]["models"]["mol2cap"] == str(tiny_t5)

@@ -1,6 +1,5 @@
 """scripts/train_pref.py as a user runs it: losses, recipes, bad input, SIGKILL and resume, the reference's cache."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -11,17 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import QUICK, load_script
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lmolt import ownership
-from lmolt.data.triples import write_triples
 from lmolt.files import write_table
 from lmolt.training.checkpoints import last_good_checkpoint, what_is_wrong, write_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ["--use_cpu", "true", "--bf16", "false", "--load_in_4bit", "false", "--gradient_accumulation_steps", "4"]
+script = load_script("train_pref")
 
 
 def start(*arguments, **kwargs) -> subprocess.Popen:
@@ -34,13 +33,6 @@ def run(*arguments) -> tuple[int, str, str]:
     process = start(*arguments)
     out, err = process.communicate()
     return process.returncode, out, err
-
-
-@pytest.fixture
-def triples_file(tmp_path, few_triples):
-    path = tmp_path / "triples.parquet"
-    write_triples(few_triples, path)
-    return path
 
 
 def test_qlora_run_leaves_everything_that_belongs_to_an_adapter(tmp_path, tiny_policy, triples_file):
@@ -62,16 +54,6 @@ def test_qlora_run_leaves_everything_that_belongs_to_an_adapter(tmp_path, tiny_p
     assert "Eq. 5" in (out / "README.md").read_text()
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_policy), out)
     assert loaded(torch.arange(3, 20)[None]).logits.isfinite().all()
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_pref", ROOT / "scripts" / "train_pref.py")
-    module = importlib.util.module_from_spec(spec)
-    first, sys.path[0] = sys.path[0], sys.path[0]
-    spec.loader.exec_module(module)
-    sys.path[0] = first
-    return module
 
 
 @pytest.mark.parametrize(
@@ -117,7 +99,7 @@ def script():
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_users_mistake_is_named(arguments, message, script, tmp_path, tiny_policy, triples_file):
+def test_a_users_mistake_is_named(arguments, message, tmp_path, tiny_policy, triples_file):
     (tmp_path / "recipe.yaml").write_text("learning_rat: 1e-4\n")
     (tmp_path / "empty").mkdir()
     arguments = [a.format(recipe=tmp_path / "recipe.yaml", empty=tmp_path / "empty") for a in arguments]
@@ -128,7 +110,7 @@ def test_a_users_mistake_is_named(arguments, message, script, tmp_path, tiny_pol
     assert not (tmp_path / "out").exists()
 
 
-def test_finished_and_interrupted_folders_are_not_overwritten(script, tmp_path, tiny_policy, triples_file):
+def test_finished_and_interrupted_folders_are_not_overwritten(tmp_path, tiny_policy, triples_file):
     base = [*map(str, ["--model", tiny_policy, "--triples", triples_file, "--output_dir", tmp_path / "out"]), *QUICK]
     (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
     with pytest.raises(ValueError, match="interrupted run; go on with --resume_from_checkpoint true"):
@@ -143,7 +125,7 @@ def test_finished_and_interrupted_folders_are_not_overwritten(script, tmp_path, 
     assert (tmp_path / "out" / "checkpoint-3").exists()
 
 
-def test_overwriting_deletes_what_the_run_wrote_and_nothing_else(script, tmp_path, tiny_policy, triples_file):
+def test_overwriting_deletes_what_the_run_wrote_and_nothing_else(tmp_path, tiny_policy, triples_file):
     base = ["--model", tiny_policy, "--triples", triples_file, "--output_dir", tmp_path / "out", *QUICK]
     base = [*map(str, base), "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "1", "--lora_r", "8"]
     script.main([*base, "--max_steps", "2"])
@@ -158,7 +140,7 @@ def test_overwriting_deletes_what_the_run_wrote_and_nothing_else(script, tmp_pat
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 1
 
 
-def test_sft_of_pairs_is_sft_of_triples(script, tmp_path, tiny_policy, few_triples):
+def test_sft_of_pairs_is_sft_of_triples(tmp_path, tiny_policy, few_triples):
     pairs = [{"id": t["id"], "molecule": t["source"], "caption": t["chosen"]} for t in few_triples[::2]]
     both = {"mol2cap": ("molecule", "caption"), "cap2mol": ("caption", "molecule")}
     triples = [
@@ -180,7 +162,7 @@ def test_sft_of_pairs_is_sft_of_triples(script, tmp_path, tiny_policy, few_tripl
         script.main([*base, "--loss", "cpo", "--pairs", str(tmp_path / "pairs.csv")])
 
 
-def test_variants_of_lora_are_peft_s_and_stand_in_the_card(script, tmp_path, tiny_policy, triples_file):
+def test_variants_of_lora_are_peft_s_and_stand_in_the_card(tmp_path, tiny_policy, triples_file):
     base = ["--model", str(tiny_policy), "--triples", str(triples_file), "--load_in_4bit", "false", "--bf16", "false"]
     base += ["--max_steps", "1", "--gradient_accumulation_steps", "4", "--save_strategy", "no", "--lora_r", "4"]
     script.main([*base, "--use_dora", "--use_rslora", "--output_dir", str(tmp_path / "dora")])

@@ -2,11 +2,11 @@
 
 import itertools
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from conftest import make_t5
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from lmolt.generation import decoding
 from lmolt.generation import translate as translation
@@ -15,18 +15,6 @@ from lmolt.prompts import MOL2CAP, build_prompt, encode_prompt
 
 MOLECULES = ["C" * n + "O" for n in range(1, 12)] + ["c1ccccc1", "N", "CC(=O)Nc1ccc(O)cc1", "C1CCCCC1C(=O)O"]
 NEW = 24
-
-
-def make_t5(tiny_policy: Path, folder: Path) -> Path:
-    """A random T5 of two layers with the tiny Llama's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
-    torch.manual_seed(1)
-    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
-    ids = {"vocab_size": len(tokenizer), "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}
-    model = T5ForConditionalGeneration(T5Config(**sizes, **ids, tie_word_embeddings=False, initializer_factor=2.0))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module", params=["llama", "t5"])

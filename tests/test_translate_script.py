@@ -9,9 +9,8 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import ROOT, load_script
+from conftest import ROOT, load_script, make_t5
 from rdkit import Chem
-from test_translate import make_t5
 
 from lmolt import Translator
 from lmolt.data.sources import read_sources
