@@ -25,6 +25,32 @@ PYTHON=${PYTHON:-python3}
 DEMO=runs/demo
 SUPERVISOR=(env)
 
+# one of the machines that share this folder installs, under a lock that names it, and the others wait
+INSTALL='
+import sys, time
+sys.path.insert(0, ".")
+from pathlib import Path
+from subprocess import run
+from lmolt.ownership import hold
+file, installed, wanted = sys.argv[1:]
+said = ""
+while True:
+    try:
+        hold(".venv", beside=True)
+        break
+    except ValueError as error:
+        who = str(error).partition(" is being written by ")[2].partition(";")[0]
+        if who != said:
+            print(f"waits for the set-up of .venv by {who}", flush=True)
+        said = who
+        time.sleep(2)
+if not Path(installed).exists() or Path(installed).read_text().strip() != wanted:
+    print(f"== set-up: .venv, {file}", flush=True)
+    run([sys.executable, "-m", "venv", ".venv"], check=True)
+    run([".venv/bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", file], check=True)
+    Path(installed).write_text(wanted)
+'
+
 # set_up [FILE]: .venv with what requirements.txt and FILE pin
 set_up() {
     local file wanted installed
@@ -33,21 +59,20 @@ set_up() {
         [[ -z ${VENV:-} && $(cat "$installed" 2>/dev/null) != "$wanted" ]] || continue
         "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
             { echo "error: Python 3.11 or newer is needed; point PYTHON to one" >&2; exit 2; }
-        echo "== set-up: .venv, $file"
-        "$PYTHON" -m venv .venv
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file"
-        echo "$wanted" >"$installed"
+        "$PYTHON" -c "$INSTALL" "$file" "$installed" "$wanted"
     done
     export PATH="${VENV:-$PWD/.venv}/bin:$PATH" TOKENIZERS_PARALLELISM=false
 }
 
 # launch SCRIPT ARGS: in as many processes as there are GPUs; one process needs no launcher
 launch() {
-    local visible gpus processes nodes=${NNODES:-1} launcher=(python)
-    visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}
-    IFS=, read -ra gpus <<<"$visible"
-    processes=$((nodes * ${NPROC_PER_NODE:-$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))}))
-    if ((processes > 1 || ${#gpus[@]} > 1)) || [[ ${STRATEGY:-} ]]; then
+    local processes nodes=${NNODES:-1} launcher=(python)
+    if [[ -z ${NPROC_PER_NODE:-} && -z ${GPUS:-} ]]; then # as torch sees them: NVIDIA's, AMD's, Intel's; Apple's is none
+        GPUS=$(python -c 'import torch; a = torch.accelerator
+print(a.device_count() if a.is_available() and a.current_accelerator().type != "mps" else 0)')
+    fi
+    processes=$((nodes * ${NPROC_PER_NODE:-$((GPUS > 1 ? GPUS : 1))}))
+    if ((processes > 1 || ${GPUS:-1} > 1)) || [[ ${STRATEGY:-} ]]; then
         launcher=(accelerate launch --quiet --config_file "accelerate_configs/${STRATEGY:-ddp}.yaml"
             --num_processes "$processes" --num_machines "$nodes" --machine_rank "${NODE_RANK:-0}"
             --main_process_port "${MASTER_PORT:-29500}")
@@ -64,19 +89,28 @@ train() {
     export MASTER_PORT=${MASTER_PORT:-29500}
     export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # passed on to each process,
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600                         # which then finishes its step and saves
-    SUPERVISOR=(exec python -m lmolt.distributed.nodes)
+    SUPERVISOR=(exec python -m lmolt.distributed.supervisor)
     launch scripts/train_pref.py "$@"
 }
 
 # under Slurm: `train` once on each machine of the allocation; if it was asked to stop, the job queues again
 slurm() {
-    export NNODES=$SLURM_JOB_NUM_NODES MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+    export NNODES=$SLURM_JOB_NUM_NODES MASTER_ADDR LMOLT_SECRET
+    export MASTER_PORT=${MASTER_PORT:-$((10000 + 2 * (SLURM_JOB_ID % 10000)))} # and the port after it
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    LMOLT_SECRET=${LMOLT_SECRET:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
     ((${SLURM_RESTART_COUNT:-0} == 0)) || set -- "$@" --resume_from_checkpoint true
-    local status=0
+    local status=0 container
+    read -ra container <<<"${LMOLT_CONTAINER:-}"
     srun --nodes "$NNODES" --ntasks "$NNODES" --ntasks-per-node 1 --cpus-per-task "$SLURM_CPUS_ON_NODE" \
-        ./launch.sh node "$@" || status=$?
-    ((status != 75)) || scontrol requeue "$SLURM_JOB_ID"
+        ${container[@]+"${container[@]}"} ./launch.sh node "$@" || status=$?
+    if ((status == 75)); then
+        if ((${SLURM_RESTART_COUNT:-0} < ${LMOLT_MAX_RESTARTS:-100})); then
+            scontrol requeue "$SLURM_JOB_ID"
+        else
+            echo "error: not queued again: that was restart $SLURM_RESTART_COUNT, LMOLT_MAX_RESTARTS allows no more" >&2
+        fi
+    fi
     exit $status
 }
 
@@ -138,7 +172,9 @@ case ${1:-demo} in
     test) set_up requirements-test.txt && shift && python -m pytest -m "not slow" -n 2 --dist loadscope "$@" ;; # one thread each
     test-distributed) set_up requirements-test.txt && shift && python -m pytest -m slow "$@" ;;
     train)
-        set_up && shift
+        # with LMOLT_CONTAINER, nothing but the container's own Python runs, on each machine
+        [[ ${LMOLT_CONTAINER:-} && -z ${SLURM_STEP_ID:-} ]] || set_up
+        shift
         if [[ ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then slurm "$@"; else train "$@"; fi
         ;;
     node) set_up && shift && node "$@" ;;

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import select
+import signal
 import sys
 import time
 import traceback
@@ -36,6 +37,8 @@ def run_main(main: Callable[[list[str]], object], kept: str = "the same command 
     if sys.platform == "win32":  # no signals, locks and figures of memory as POSIX has them; the library imports there
         sys.exit("error: LMolT's commands run on Linux and macOS; on Windows, run them in WSL")
     first = os.environ.get("RANK", "0") == "0"  # as accelerate launch numbers processes
+    if _has_launcher():
+        end_with_parent()
     for stream in (sys.stdout, sys.stderr):  # a screen that can't show a character is no reason to end
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -69,6 +72,26 @@ def run_main(main: Callable[[list[str]], object], kept: str = "the same command 
             message += "; LMOLT_DEBUG=1 shows the whole traceback"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2 if expected else 1)
+
+
+def end_with_parent() -> None:
+    """From here on this process is killed when the one that started it ends, however that ends (on Linux)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, which exec keeps
+
+
+def _has_launcher() -> bool:
+    """Whether accelerate or torchrun started this process: one that a shell started may outlive it (nohup)."""
+    if "LOCAL_RANK" in os.environ:
+        return True
+    try:
+        started_by = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    programs = ("accelerate", "accelerate-launch", "torchrun", "accelerate.commands.launch", "torch.distributed.run")
+    return any(Path(word).name in programs for word in started_by[:4])
 
 
 def _reader_is_gone(stream) -> bool:

@@ -5,15 +5,17 @@ The token is huggingface_hub's business (`hf auth login`, HF_TOKEN); it is read 
 
 import re
 import shlex
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, get_token, metadata_update
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token, metadata_update
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
+from lmolt import ownership
 from lmolt.card import model_index
 
 LICENCE = ("license", "license_name", "license_link")
-NOT_UPLOADED = ("checkpoint-*", "unfinished/*")  # what a run needs to go on, and nobody to use its outcome
+NOT_UPLOADED = ("checkpoint-*", "unfinished")  # what a run needs to go on, and nobody to use its outcome
 
 
 def reserve(name: str, private: bool | None = None, revision: str | None = None, *, create: bool = True) -> str:
@@ -54,26 +56,44 @@ def licence(models: list[str]) -> dict[str, str]:
     return found[0] if all(fields == found[0] for fields in found) else {}
 
 
-def push(folder: Path | str, repo_id: str, private: bool | None = None, revision: str | None = None) -> str:
-    """Upload what the finished `folder` holds, checkpoints left out; the commit's URL.
+def uploaded(folder: Path | str, script: str) -> list[str]:
+    """What goes to the Hub: the files that `script` wrote for good in the finished `folder`. All else there stays."""
+    files = []
+    for name in ownership.claimed(Path(folder), script):
+        path = Path(folder) / name
+        if not any(fnmatch(name, pattern) for pattern in NOT_UPLOADED):
+            files += [file for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+    return sorted(str(file.relative_to(folder)) for file in files if not file.is_symlink())
+
+
+def upload_command(
+    folder: Path | str, script: str, repo_id: str, private: bool | None = None, revision: str | None = None
+) -> str:
+    """The command line that uploads the same as `push`."""
+    command = ["hf", "upload", repo_id, str(folder), ".", *(f"--include={name}" for name in uploaded(folder, script))]
+    command += ["--private"] if private else []
+    command += ["--revision", revision] if revision else []
+    return shlex.join(command)
+
+
+def push(
+    folder: Path | str, script: str, repo_id: str, private: bool | None = None, revision: str | None = None
+) -> str:
+    """Upload what `script` wrote in the finished `folder`, and nothing else; the commit's URL.
 
     `OSError` whatever goes wrong, with the one command that uploads it later: nothing in `folder` is touched.
     """
-    command = ["hf", "upload", repo_id, str(folder), ".", *(f"--exclude={pattern}" for pattern in NOT_UPLOADED)]
-    command += ["--private"] if private else []
-    command += ["--revision", revision] if revision else []
     try:
-        commit = HfApi().upload_folder(
+        commit = HfApi().create_commit(
             repo_id=repo_id,
-            folder_path=folder,
+            operations=[CommitOperationAdd(name, Path(folder) / name) for name in uploaded(folder, script)],
             commit_message="Upload with LMolT",
-            ignore_patterns=list(NOT_UPLOADED),
             revision=revision,
         )
     except (Exception, KeyboardInterrupt) as error:  # as above
         raise OSError(
             f"{folder} is finished and stays as it is, but its upload to {repo_id} failed ({_reason(error)}). "
-            f"Upload it later with\n  {shlex.join(command)}"
+            f"Upload it later with: {upload_command(folder, script, repo_id, private, revision)}"
         ) from None
     return commit.commit_url
 

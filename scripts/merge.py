@@ -179,8 +179,10 @@ def main(argv: list[str]) -> None:
     sources = [*models, base] if base else models
     if args.resume and (args.output / "merge.json").is_file():
         if args.push_to_hub:
-            name = args.hub_model_id or args.output.name
-            raise ValueError(f"{args.output} is already finished; upload it with: hf upload {name} {args.output}")
+            from lmolt import hub
+
+            later = hub.upload_command(args.output, "merge", args.hub_model_id or args.output.name)
+            raise ValueError(f"{args.output} is already finished; upload it with: {later}")
         return print(f"{args.output} is already finished")
     check_output(args, sources)
     dtype = methods.check_checkpoints(sources, NAMES.get(args.dtype))
@@ -239,7 +241,7 @@ def main(argv: list[str]) -> None:
     if args.verify:
         verify_folder(args.output)
     if args.push_to_hub:
-        print(f"uploaded {hub.push(args.output, name, args.hub_private_repo)}")
+        print(f"uploaded {hub.push(args.output, 'merge', name, args.hub_private_repo)}")
     return None
 
 

@@ -32,6 +32,7 @@ from lmolt import hub, ownership
 from lmolt.data.pairs import DEMO, read_pairs
 from lmolt.data.triples import read_triples
 from lmolt.distributed import strategy
+from lmolt.distributed.heartbeat import HEARTBEAT, HeartbeatCallback
 from lmolt.distributed.preemption import PreemptionCallback
 from lmolt.files import SHIPPED, run_main, sha256_file, versions
 from lmolt.models import loading
@@ -84,12 +85,14 @@ def build_demo() -> None:
 
 
 def check_output_dir(args: PreferenceArguments) -> Path | None:
-    """The checkpoint to resume from, if that was asked for; an error before anything of value is overwritten."""
+    """The checkpoint to resume from, if that was asked for; an error before anything of value is overwritten.
+
+    For the first process: it alone looks, and writes.
+    """
     output_dir = Path(args.output_dir)
     inputs = {f"--{name}": getattr(args, name) for name in ("model", "adapter", "triples", "pairs", "eval_triples")}
     ownership.check_inputs("--output_dir", output_dir, inputs)
-    if args.process_index == 0:
-        ownership.hold(output_dir)
+    ownership.hold(output_dir)
     wanted = args.resume_from_checkpoint
     if wanted and str(wanted).lower() not in ("true", "false"):
         wrong = checkpoints.what_is_wrong(Path(wanted)) if Path(wanted).is_dir() else "there is no such folder"
@@ -179,16 +182,19 @@ def read_examples(args: PreferenceArguments, tokenizer) -> tuple[list, list, Cou
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
+    HEARTBEAT.start()
     set_seed(args.seed)
     say = print if args.process_index == 0 else lambda *_: None
     if args.process_index > 0:
         hf_logging.disable_progress_bar()
+    if args.use_cpu and (why := strategy.unused_accelerator()):
+        say(why)
     count = lambda examples: dict(sorted(Counter(e.direction for e in examples).items()))
 
     # --- output folder, the embedded default
     checkpoint = strategy.first_decides(lambda: check_output_dir(args))
     if checkpoint is not None:
-        strategy.all_agree(not checkpoint.is_dir() and f"{checkpoint} isn't there for all; the disk isn't shared")
+        checkpoints.check_seen_alike(checkpoint)
     data = args.triples or args.pairs
     if DEMO.resolve() in Path(data).resolve().parents:
         with args.main_process_first(desc="building what the embedded default lacks"):
@@ -253,6 +259,7 @@ def main(argv: list[str]) -> None:
     if checkpoint is not None:
         trainer.check_resumable(checkpoint)
     trainer.add_callback(PreemptionCallback())
+    trainer.add_callback(HeartbeatCallback(args.stalled_after))
     trainer.check_model()
 
     # --- reference
@@ -296,7 +303,9 @@ def main(argv: list[str]) -> None:
     )
     say(f"wrote {args.output_dir}: the adapter, its card, run.json, efficiency.json, trainer_state.json, training.png")
     if share:
-        say(f"uploaded {hub.push(args.output_dir, args.hub_model_id, args.hub_private_repo, args.hub_revision)}")
+        say(
+            f"uploaded {hub.push(args.output_dir, SCRIPT, args.hub_model_id, args.hub_private_repo, args.hub_revision)}"
+        )
 
 
 def command() -> None:

@@ -111,7 +111,7 @@ def windows(name, globals=None, *rest):
 builtins.__import__ = windows
 del signal.SIGUSR1
 for module in pkgutil.walk_packages(lmolt.__path__, "lmolt."):
-    if module.name != "lmolt.distributed.nodes":
+    if module.name != "lmolt.distributed.supervisor":
         __import__(module.name)
 from lmolt.files import run_main
 sys.platform = "win32"

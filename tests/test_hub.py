@@ -15,7 +15,7 @@ import xxhash
 import yaml
 from hub_server import HubServer
 
-from lmolt import card
+from lmolt import card, ownership
 from lmolt.data.triples import write_triples
 from lmolt.files import write_table
 
@@ -113,13 +113,17 @@ def test_a_finished_adapter_is_uploaded_and_its_cards_python_runs(hub, tmp_path,
     token = hub.login("alice")
     hub.cut("PUT /lfs/", after=1000, times=1)  # once, which huggingface_hub mends by itself
     revision = next(iter(hub.repositories["model", "org/base"].commits))
+    mine = (".env", "notes/private.csv", "old_run/checkpoint-5/optimizer.pt")
+    for name in mine:
+        (tmp_path / "cpo" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cpo" / name).write_text("mine")
     code, out, err = train(token, "--hub_private_repo", "true", "--hub_revision", "v1", "--revision", revision)
     assert code == 0, err
     assert "uploaded http" in out and len([line for line in hub.requests if "/commit/" in line]) == 1
     assert hub.repositories["model", "alice/cpo"].private and list(hub.files("alice/cpo")) == [".gitattributes"]
     files = hub.files("alice/cpo", revision="v1")
-    kept = {file.name: file.read_bytes() for file in (tmp_path / "cpo").iterdir() if file.is_file()}
-    assert files == kept | {".gitattributes": b""}
+    kept = {file.name: file.read_bytes() for file in (tmp_path / "cpo").iterdir() if file.name[0] not in ".cno"}
+    assert files == kept | {".gitattributes": b""} and files.keys() >= {"adapter_model.safetensors", "README.md"}
     text = files["README.md"].decode()
     metadata = yaml.safe_load(text.split("---\n")[1])
     assert metadata["base_model"] == ["org/base"] and metadata["license"] == "llama2"
@@ -140,13 +144,13 @@ def test_a_failed_upload_leaves_the_run_and_says_how_to_upload_it_later(hub, tmp
     assert f"wrote {tmp_path / 'cpo'}: the adapter" in out
     message = err[err.index("error: ") :]
     assert "is finished and stays as it is, but its upload to alice/cpo failed (Server disconnected" in message
-    command = shlex.split(message.splitlines()[-1])
+    command = shlex.split(message[message.index("hf upload ") :])
     assert command[:3] == ["hf", "upload", "alice/cpo"]
     hub.cuts.clear()
     command[0] = str(Path(sys.executable).with_name("hf"))
     done = subprocess.run(command, env=hub.environment(tmp_path / "home", token), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    kept = {file.name: file.read_bytes() for file in (tmp_path / "cpo").iterdir() if file.is_file()}
+    kept = {file.name: file.read_bytes() for file in (tmp_path / "cpo").iterdir() if file.name[0] not in ".c"}
     assert hub.files("alice/cpo") == kept | {".gitattributes": b""}
     assert list((tmp_path / "cpo").glob("checkpoint-*"))
 
@@ -174,7 +178,7 @@ def test_a_merged_model_is_uploaded_and_its_cards_python_runs(hub, tmp_path, tin
     hub.cut("POST /api/models/alice/merged/commit", after=1000, times=1)
     code, out, err = script("merge.py", hub, tmp_path / "home", token, *arguments, "--output", tmp_path / "merged")
     assert code == 2 and "its upload to alice/merged failed (Server disconnected" in err
-    command = shlex.split(err.splitlines()[-1])
+    command = shlex.split(err[err.index("hf upload ") :])
     command[0] = str(Path(sys.executable).with_name("hf"))
     subprocess.run(command, env=hub.environment(tmp_path / "home", token), check=True, capture_output=True)
     files = hub.files("alice/merged")
@@ -248,7 +252,7 @@ for call in sys.argv[1:]:
         ("alice", {
             "hub.reserve('new', private=True)": "^alice/new$",
             "hub.reserve('alice/there', private=True)": "alice/there exists and is public; make it private",
-            "hub.push('{folder}', 'alice/there')": r"{folder} is finished .* failed \(.*disconnected.*\). Upload it",
+            "hub.push('{folder}', 'merge', 'alice/there')": r"{folder} is finished .* \(.*disconnected.*\). Upload",
             "hub.licence(['org/licensed', 'org/licensed'])": "^{'license': 'mit'}$",
             "hub.licence(['org/licensed', '{folder}'])": "^{}$",
         }),
@@ -261,6 +265,7 @@ def test_what_goes_wrong_is_said_without_the_token(hub, tmp_path, token, calls):
     hub.add("org/licensed", {"README.md": b"---\nlicense: mit\n---\n"})
     hub.cut("PUT /lfs/", after=1000)
     (tmp_path / "adapter_model.safetensors").write_bytes(bytes(5000))
+    ownership.claim(tmp_path, "merge", ["adapter_model.safetensors"])
     fill = lambda text: text.replace("{folder}", str(tmp_path))
     shown = python(CALLS, hub.environment(tmp_path / "home", token), *map(fill, calls))
     for line, pattern in zip(shown.splitlines(), calls.values(), strict=True):
@@ -273,10 +278,11 @@ def test_a_hub_whose_storage_of_large_files_is_away(hub, tmp_path):
     """Xet, on by default: the pipeline of huggingface_hub is another one there."""
     hub.add("alice/there", {})
     (tmp_path / "adapter_model.safetensors").write_bytes(bytes(5000))
+    ownership.claim(tmp_path, "merge", ["adapter_model.safetensors"])
     environment = hub.environment(tmp_path / "home", hub.login("alice"))
     del environment["HF_HUB_DISABLE_XET"]
-    shown = python(CALLS, environment, f"hub.push('{tmp_path}', 'alice/there')")
-    assert "its upload to alice/there failed (" in shown and "Upload it later with   hf upload alice/there" in shown
+    shown = python(CALLS, environment, f"hub.push('{tmp_path}', 'merge', 'alice/there')")
+    assert "its upload to alice/there failed (" in shown and "Upload it later with: hf upload alice/there" in shown
 
 
 # --- the card

@@ -73,6 +73,48 @@ def test_a_killed_process_and_a_cut_cable(two_nodes, tmp_path, tiny_policy, few_
     assert [row["loss"] for row in steps(out)] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
 
 
+@pytest.fixture
+def two_ranks(tmp_path, tiny_policy, few_triples):
+    """A training run of two processes, as its launcher, its ranks and its log, once it has saved a checkpoint."""
+    write_triples(few_triples, tmp_path / "triples.jsonl")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    command += ["--config_file", ROOT / "accelerate_configs" / "ddp.yaml", ROOT / "scripts" / "train_pref.py"]
+    command += ["--model", tiny_policy, "--triples", tmp_path / "triples.jsonl", "--load_in_4bit", "false"]
+    command += ["--num_train_epochs", "500", "--save_strategy", "steps", "--save_steps", "5", *CPO, "2"]
+    command += ["--output_dir", tmp_path / "out"]
+    with (tmp_path / "log").open("w") as log:
+        environment = os.environ | {"LMOLT_LOST_AFTER": "4"}
+        launcher = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=log, stderr=log, env=environment)
+    until(lambda: (tmp_path / "out" / "checkpoint-5").exists(), [launcher])
+    ranks = workers(launcher)
+    yield launcher, ranks, tmp_path / "log"
+    for process in [launcher, *ranks]:
+        try:
+            process.kill()
+            process.wait(10)
+        except psutil.NoSuchProcess:
+            pass
+
+
+@pytest.mark.slow
+def test_a_stopped_process_is_named(two_ranks):
+    launcher, ranks, log = two_ranks
+    ranks[1].suspend()
+    assert launcher.wait(timeout=60) != 0
+    what = f"process 1 of 2 (pid {ranks[1].pid} on {os.uname().nodename}) is stopped: no sign of life for 4 s"
+    assert f"error: {what}; --resume_from_checkpoint true goes on" in log.read_text(errors="replace")
+    psutil.wait_procs(ranks, timeout=30)
+    assert not any(rank.is_running() for rank in ranks)
+
+
+@pytest.mark.slow
+def test_processes_end_with_their_launcher(two_ranks):
+    launcher, ranks, _ = two_ranks
+    launcher.kill()
+    launcher.wait()
+    assert psutil.wait_procs(ranks, timeout=10)[1] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "victim"), [("make_triples", 1), ("evaluate", 0)])
 def test_a_killed_translator_loses_nothing(script, victim, tmp_path, tiny_policy):

@@ -46,7 +46,7 @@ def test_two_nodes_equal_one_process(strategy, second_nodes_share, two_nodes, ql
 
 def test_what_is_missing_at_the_start_is_named(two_nodes):
     """In seconds here, in LMOLT_START_TIMEOUT (100) else."""
-    train = [sys.executable, "-m", "lmolt.distributed.nodes", "true"]
+    train = [sys.executable, "-m", "lmolt.distributed.supervisor", "true"]
     waiting = two_nodes.run(0, *train, MASTER_PORT="29500", LMOLT_START_TIMEOUT="2")
     assert waiting.wait(timeout=60) == 1
     assert "1 of 2 nodes didn't come within 2 s: those with NODE_RANK 1;" in two_nodes.said(0)
@@ -79,7 +79,7 @@ def test_nodes_that_do_not_fit_together(ranks, arguments, wrong, two_nodes):
         node,
         sys.executable,
         "-m",
-        "lmolt.distributed.nodes",
+        "lmolt.distributed.supervisor",
         "true",
         rank,
         *more,

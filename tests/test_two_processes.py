@@ -1,6 +1,7 @@
 """Two processes train like one: the same losses, gradients and weights at the same global batch."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -11,10 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 from lmolt.data.triples import write_triples
+from lmolt.training import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 # MULTI_CPU starts one process; MULTI_GPU with use_cpu starts two over gloo
 TWO = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nnum_processes: 2\n"
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.mark.parametrize("loss", ["sft", "dpo", "cpo", "kto"])
@@ -24,11 +32,8 @@ def test_two_processes_equal_one(loss, tmp_path, tiny_policy, few_triples):
     arguments = ["--loss", loss, "--model", tiny_policy, "--triples", tmp_path / "triples.jsonl", "--bf16", "false"]
     arguments += ["--load_in_4bit", "false", "--use_cpu", "true", "--lora_dropout", "0", "--eval_fraction", "0"]
     arguments += ["--num_train_epochs", "1", "--learning_rate", "1e-2", "--save_strategy", "no"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "two.yaml"]
-    launch += ["--main_process_port", port, ROOT / "scripts" / "train_pref.py"]
+    launch += ["--main_process_port", free_port(), ROOT / "scripts" / "train_pref.py"]
     runs = {
         "one": [sys.executable, ROOT / "scripts" / "train_pref.py", *arguments, "--gradient_accumulation_steps", "4"],
         "two": [*launch, *arguments, "--gradient_accumulation_steps", "2", "--ddp_backend", "gloo"],
@@ -58,3 +63,69 @@ def test_two_processes_equal_one(loss, tmp_path, tiny_policy, few_triples):
                 assert two[key] == pytest.approx(one[key], rel=1e-5 if one["step"] == 1 else 1e-4), (key, one["step"])
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in runs)
     assert all(torch.allclose(two[name], one[name], atol=1e-4) for name in one)
+
+
+AGREE = """
+import os, sys
+from pathlib import Path
+from accelerate import PartialState
+from lmolt.distributed import strategy
+from lmolt.training import checkpoints
+rank = PartialState(cpu=True).process_index
+os.chdir(sys.argv[1 + rank])
+try:
+    found = strategy.first_decides(lambda: checkpoints.last_good_checkpoint(Path(".")))
+    checkpoints.check_seen_alike(found, patience=1)
+    print(rank, found)
+except ValueError as error:
+    print(rank, error)
+"""
+
+
+@pytest.mark.parametrize("second", ["same", "other", "none"])
+def test_all_resume_the_same_checkpoint_or_none(second, tmp_path):
+    """Each process in a folder of its own: a shared disk that shows another state to another machine."""
+    (tmp_path / "two.yaml").write_text(TWO)
+    (tmp_path / "agree.py").write_text(AGREE)
+    for name, content in (("a", "x"), ("b", "x" if second == "same" else "y")):
+        checkpoint = tmp_path / name / "checkpoint-3"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "weights").write_text(content)
+        if name == "a" or second != "none":
+            checkpoints.write_manifest(checkpoint)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "two.yaml"]
+    command += ["--main_process_port", free_port(), tmp_path / "agree.py", tmp_path / "a", tmp_path / "b"]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    said = sorted(done.stdout.splitlines())
+    if second == "same":
+        assert said == ["0 checkpoint-3", "1 checkpoint-3"]
+    else:
+        assert [line[0] for line in said] == ["0", "1"]
+        assert all("checkpoint-3, which is another one, or none, on" in line for line in said)
+        assert all(line.endswith("(process 1)") for line in said)
+
+
+def test_a_cache_for_each_process_is_no_reason_to_wait(tmp_path, tiny_policy, few_triples):
+    """DPO twice: the first process has the reference's log-probabilities of the first run, the second never has."""
+    write_triples(few_triples[:8], tmp_path / "triples.jsonl")
+    (tmp_path / "two.yaml").write_text(TWO)
+    own = (
+        f"import os, runpy, sys; os.environ['LMOLT_CACHE'] += os.environ['RANK']; sys.argv[0] = {str(ROOT)!r} + '/x'; "
+    )
+    own += f"sys.path.insert(0, {str(ROOT)!r}); from scripts.train_pref import command; command()"
+    (tmp_path / "own.py").write_text(own)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "two.yaml"]
+    command += ["--main_process_port", free_port(), tmp_path / "own.py", "--loss", "dpo", "--model", tiny_policy]
+    command += ["--triples", tmp_path / "triples.jsonl", "--bf16", "false", "--load_in_4bit", "false", "--use_cpu"]
+    command += ["--eval_fraction", "0", "--max_steps", "1", "--save_strategy", "no", "--gradient_accumulation_steps", 2]
+    for name, outcome in (("one", "computed"), ("two", "cached")):
+        done = subprocess.run(
+            [*map(str, command), "--output_dir", str(tmp_path / name)], cwd=ROOT, capture_output=True, text=True,
+            timeout=200,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert f"log-probabilities {outcome}" in done.stdout
+    assert [folder.name for folder in tmp_path.glob("cache?")] == ["cache0"]

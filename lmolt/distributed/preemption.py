@@ -9,8 +9,10 @@ signal does what it always does.
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import reduce
 from transformers import TrainerCallback
 
@@ -37,7 +39,10 @@ class PreemptionCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if not self.agreed:
             return
-        leave_group(os.EX_TEMPFAIL)  # nobody ends before the first process has sealed the checkpoint
+        PartialState().wait_for_everyone()  # the first process has sealed the checkpoint
+        if saved := os.environ.get("LMOLT_SAVED"):  # for the supervisor: a launcher has exit codes of its own
+            Path(saved).touch()
+        leave_group(os.EX_TEMPFAIL)
         checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
         print(f"asked to stop: saved {checkpoint}; --resume_from_checkpoint true goes on from there", flush=True)
         self.on_train_end(args, state, control)

@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
+from lmolt.distributed.heartbeat import HEARTBEAT
+
 FILE = "strategy.json"
 REMEDIES = {
     DistributedType.DEEPSPEED: "leave `use_cpu` false in its configuration; on CPUs set DS_ACCELERATOR=cpu",
@@ -46,6 +48,15 @@ def keep_outputs_exact(plugin) -> None:
         )
 
 
+def unused_accelerator() -> str | None:
+    """Why training runs on the CPU though there is something faster; None where there is nothing."""
+    if torch.backends.mps.is_available():
+        return "Apple's GPU has neither NF4 nor float64, which the losses are summed in: this runs on the CPU"
+    if Path("/dev/accel0").exists() or os.environ.get("PJRT_DEVICE") == "TPU":
+        return "TPUs aren't supported (no NF4, no shapes known ahead): this runs on the CPU"
+    return None
+
+
 def check_translations(strategy: dict) -> None:
     """`ValueError` where no process holds the whole model: each translates another number of tokens, and would wait."""
     if strategy["name"] in ("ZeRO-3", "FSDP"):
@@ -60,7 +71,8 @@ def write(checkpoint: Path, strategy: dict) -> None:
 
 
 def check_resumable(checkpoint: Path, strategy: dict) -> None:
-    """`ValueError` where `strategy` can't go on from a checkpoint: its optimizer's shards or its batches don't fit."""
+    """`ValueError` where `strategy` can't go on from a checkpoint: its optimizer's shards or its batches don't fit, or
+    it is another user's and would run code: DeepSpeed and FSDP unpickle what they find there."""
     before = json.loads((checkpoint / FILE).read_text())
     words = lambda s: f"{s['name']} in {s['world_size']} process{'es' * (s['world_size'] > 1)}"
     whole = {"single", "DDP"}  # the optimizer's states are in one file, whatever the number of processes
@@ -70,6 +82,13 @@ def check_resumable(checkpoint: Path, strategy: dict) -> None:
             f"{checkpoint} was saved by {words(before)} and holds its shards; it can't be resumed by "
             f"{words(strategy)}. Resume as it was, or train on from the adapter in it: --adapter {checkpoint}"
         )
+    if strategy["name"].startswith("ZeRO") or strategy["name"] == "FSDP":
+        for path in (checkpoint, *checkpoint.rglob("*")):
+            if path.lstat().st_uid != os.getuid():
+                raise ValueError(
+                    f"{path} belongs to another user, and resuming under {strategy['name']} would run any code in it "
+                    f"(its shards are pickles); train on from the adapter, which holds none: --adapter {checkpoint}"
+                )
     if before["triples_per_step"] != strategy["triples_per_step"]:
         raise ValueError(
             f"{checkpoint} was saved with {before['triples_per_step']} triples a step, and this run has "
@@ -113,6 +132,7 @@ def leave_group(code: int = 0) -> None:
     """
     state = PartialState()
     state.wait_for_everyone()
+    HEARTBEAT.stop()
     state.destroy_process_group()
     if not state.is_main_process:
         sys.stdout.flush()

@@ -25,6 +25,7 @@ from accelerate.utils import gather_object, parse_flag_from_env
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from lmolt.distributed.heartbeat import HEARTBEAT
 from lmolt.generation import routes
 from lmolt.generation.decoding import Settings, beam_search, decode, end_ids, generate, not_used, read_prefix
 from lmolt.generation.journal import Journal, read_journal
@@ -37,7 +38,9 @@ from lmolt.prompts import build_prompt, encode_prompt
 def process_state() -> PartialState:
     """This process's place among those that `accelerate launch` (or torchrun) started, on CPUs as well."""
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu, timeout=timedelta(days=1))  # how long one may wait for the others' share
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=1))  # how long one may wait for the others' share
+    HEARTBEAT.start()  # one that is stopped or dead isn't waited for
+    return state
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> tuple:

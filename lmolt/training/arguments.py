@@ -128,6 +128,13 @@ class PreferenceArguments(_Parameters):
         metadata={"help": "stop after so many evaluations without a better --metric_for_best_model, and keep the best"},
     )
 
+    stalled_after: float | None = field(
+        default=None,
+        metadata={
+            "help": "end after so many seconds without a micro-batch (default: ten times the longest, 60 at least)"
+        },
+    )
+
     # TrainingArguments' own, with the paper's values
     output_dir: str | None = field(default=None, metadata={"help": "where to write; default runs/LOSS"})
     hub_strategy: str = field(default="end", metadata={"help": "of --push_to_hub: end, the finished adapter once"})

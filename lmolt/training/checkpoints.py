@@ -1,10 +1,14 @@
 """Checkpoints that can be trusted: each carries a manifest, and an incomplete one is passed over, aloud."""
 
+import contextlib
 import json
 import logging
 import re
+import socket
+import time
 from pathlib import Path
 
+from lmolt.distributed import strategy
 from lmolt.files import sha256_file, write_whole
 
 MANIFEST = "manifest.json"
@@ -31,6 +35,27 @@ def what_is_wrong(checkpoint: Path) -> str | None:
         if sha256_file(file) != digest:
             return f"{name} has changed since it was saved"
     return None
+
+
+def check_seen_alike(checkpoint: Path, patience: float = 30.0) -> None:
+    """`ValueError` on all processes where one doesn't see the checkpoint as the first does.
+
+    A shared disk may show a new checkpoint to other machines some seconds late (`patience`).
+    """
+    manifest = strategy.first_decides(lambda: (checkpoint / MANIFEST).read_text())
+    end, same = time.monotonic() + patience, False
+    while not same:
+        with contextlib.suppress(OSError, ValueError):
+            same = (checkpoint / MANIFEST).read_text() == manifest
+        if same or time.monotonic() > end:
+            break
+        time.sleep(1)
+    strategy.all_agree(
+        None
+        if same
+        else f"the first process resumes from {checkpoint}, which is another one, or none, on {socket.gethostname()}; "
+        "all machines need the same --output_dir, on a disk that they share"
+    )
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
