@@ -127,8 +127,8 @@ def test_finished_and_interrupted_folders_are_not_overwritten(tmp_path, tiny_pol
 
 def test_overwriting_deletes_what_the_run_wrote_and_nothing_else(tmp_path, tiny_policy, triples_file):
     base = ["--model", tiny_policy, "--triples", triples_file, "--output_dir", tmp_path / "out", *QUICK]
-    base = [*map(str, base), "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "1", "--lora_r", "8"]
-    script.main([*base, "--max_steps", "2"])
+    base = [*map(str, base), "--eval_strategy", "no", "--lora_r", "8"]
+    script.main([*base, "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"])
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     (tmp_path / "out" / "checkpoint-1" / "notes.txt").write_text("mine")
     with pytest.raises(FileNotFoundError, match="missing"):

@@ -25,7 +25,7 @@ OWN_MAY_CHANGE = (
     "overwrite_output_dir",
     "trust_remote_code",
 )
-OWN_MAY_CHANGE += ("eval_translations", "eval_max_new_tokens", "early_stopping_patience")
+OWN_MAY_CHANGE += ("eval_translations", "eval_max_new_tokens", "early_stopping_patience", "stalled_after")
 
 
 def of_inputs(args) -> dict:
