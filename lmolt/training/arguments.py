@@ -29,7 +29,8 @@ RANGES = {
         lambda v: v >= 1,
     ),
     "more than 0": (
-        "learning_rate num_train_epochs adam_epsilon lora_alpha logging_steps save_steps eval_steps ddp_timeout stalled_after",
+        "learning_rate num_train_epochs adam_epsilon lora_alpha logging_steps save_steps eval_steps ddp_timeout "
+        "stalled_after",
         lambda v: v > 0,
     ),
     "0 or more": (
