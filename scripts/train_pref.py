@@ -17,6 +17,9 @@ from pathlib import Path
 if not __package__:  # `scripts/` first on the path would shadow the library `evaluate` and hide `lmolt`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import lmolt  # noqa: F401 - before transformers, which imports bitsandbytes, which lmolt keeps from downloading
+
+# isort: split
 import hashlib
 import logging
 import os

@@ -120,3 +120,19 @@ run_main(print)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: LMolT's commands run on Linux and macOS; on Windows, run them in WSL\n"
+
+
+@pytest.mark.parametrize("first", ["import lmolt", "import kernels, lmolt"])
+def test_bitsandbytes_downloads_nothing(first, tmp_path):
+    """With a package `kernels` there, and a processor for which bitsandbytes would ask it for a kernel."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    print('downloaded')\n    raise OSError\n")
+    code = f"{first}\nimport bitsandbytes.functional as f\nimport lmolt, sys, importlib, kernels\n"
+    code += "f.has_avx512bf16 = lambda: True\n"
+    code += "del sys.modules['bitsandbytes.backends.cpu.ops']\n"
+    code += "import torch\ntorch.library.register_kernel = lambda *_: lambda function: function\n"
+    code += "try:\n    importlib.import_module('bitsandbytes.backends.cpu.ops')\nexcept RuntimeError as error:\n"
+    code += "    assert 'already' in str(error), error\n"
+    code += "print(kernels.get_kernel.__name__)"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100)
+    assert done.stdout == "get_kernel\n", done.stderr
