@@ -66,7 +66,7 @@ def compared(evaluate, evaluated):
 
 def test_what_a_run_leaves(evaluated):
     folder = evaluated / "run1"
-    assert {path.name for path in folder.iterdir()} == {
+    assert {path.name for path in folder.glob("[!.]*")} == {
         "predictions.parquet", "scores.parquet", "metrics.json", "report.md", "report.html",
         "figure1_distributions.png", "figure3_molecules.png", "figure4_captions.png",
     }  # fmt: skip
@@ -178,10 +178,10 @@ def test_comparisons_that_make_no_sense(evaluate, evaluated, tmp_path):
     evaluate("--predictions", tmp_path / "p.jsonl", "--direction", "mol2cap", "--output", tmp_path / "odd",
            "--n_bootstrap", 10, "--cache_dir", tmp_path)  # fmt: skip
     with pytest.raises(ValueError, match="mol2cap row 4: the reference is 'something else', but 'It is a primary"):
-        evaluate("--compare", one, tmp_path / "odd", "--output", tmp_path)
+        evaluate("--compare", one, tmp_path / "odd", "--output", tmp_path / "all")
     write_table(rows[:-1], tmp_path / "odd" / "predictions.parquet")
     with pytest.raises(ValueError, match="is not the one metrics.json scored"):
-        evaluate("--compare", one, tmp_path / "odd", "--output", tmp_path)
+        evaluate("--compare", one, tmp_path / "odd", "--output", tmp_path / "all")
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path):
