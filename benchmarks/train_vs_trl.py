@@ -136,7 +136,7 @@ def run_ours(args, loss: str, folder: Path, triples: list[dict], output_dir: str
     )
     base = loading.load_base(str(folder), load_in_4bit=args.nf4, dtype=torch.bfloat16 if args.bf16 else torch.float32)
     trainer = PreferenceTrainer(get_peft_model(base, lora()), arguments, examples, [], processing_class=tokenizer)
-    trainer._first_batch_checked = True  # once a run; it would count fully in the first of these few steps
+    trainer._model_is_proved = True  # once a run; it would count fully in the first of these few steps
     once = 0.0
     if trainer.loss.has_reference:
         started = time.perf_counter()

@@ -272,6 +272,7 @@ def main(argv: list[str]) -> None:
         made_by = ("base weights", "base config", "tokenizer", "start adapter", "precision", "base's dtype")
         key = {name: trainer.fixed[name] for name in made_by} | trainer.chosen | {"nf4": args.load_in_4bit}
         key.pop("tokens_per_batch")
+        key.pop("tree attention")  # tiles and flex give the same numbers
         reference_name += f" (log-probabilities {trainer.set_references(key)})"
     say(f"reference: {reference_name}")
 
@@ -295,6 +296,7 @@ def main(argv: list[str]) -> None:
             "reference": reference_name,
             "identity": trainer.fixed,
             "chosen": trainer.chosen,
+            "attention_ms_a_layer": trainer.attention_ms,
             "changes": trainer.changes,
             "step": trainer.kept_step or trainer.state.global_step,
             "strategy": trainer.strategy,

@@ -59,7 +59,7 @@ def step_gradient(trainer) -> torch.Tensor:
         iter(trainer.get_train_dataloader()), trainer.args.gradient_accumulation_steps, "cpu"
     )
     normalisers = trainer._normalisers(micro)
-    trainer._first_batch_checked = True  # the adapter was moved away from the reference on purpose
+    trainer._model_is_proved = True  # the adapter was moved away from the reference on purpose
     trainer.model.train()
     for batch in micro:
         trainer.compute_loss(trainer.model, batch, num_items_in_batch=normalisers).backward()
@@ -111,7 +111,7 @@ def test_kto_z_is_the_mean_log_ratio_of_mismatched_pairs(tiny_policy, few_triple
     for i, example in enumerate(example for batch in micro for example in batch.examples):
         chosen, rejected, mismatched = example.reference
         example.reference = (chosen, rejected, mismatched - 3 - i)  # away from the other two, so that z > 0
-        ids = torch.tensor([example.prompt + example.mismatched])
+        ids = torch.tensor([list(example.prompt + example.mismatched)])
         with torch.no_grad():
             logps = trainer.model(ids).logits.double().log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
         ratios.append(logps[-len(example.mismatched) :].sum().item() - example.reference[2])
@@ -283,7 +283,7 @@ def test_evaluation_leaves_nf4_training_its_gradients(tiny_policy, few_triples, 
             with torch.no_grad():
                 trainer._logps(trainer.model, [(e.prompt, e.chosen) for e in batch.examples])
             trainer.model.train()
-        trainer._first_batch_checked = True
+        trainer._model_is_proved = True
         trainer.compute_loss(trainer.model, batch, num_items_in_batch=trainer._normalisers([batch])).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]))
     assert torch.equal(gradients[0], gradients[1])

@@ -388,9 +388,9 @@ def block_mask(lists: dict[str, torch.Tensor], subtree_end, depth, window: int |
     def sees(batch, head, query, key):
         seen = (key <= query) & (query < subtree_end[key])
         if window is not None:
-            seen &= depth[query] - depth[key] < window
+            seen = seen & (depth[query] - depth[key] < window)  # not in place: Inductor can't lower that here
         if chunk is not None:
-            seen &= depth[query] // chunk == depth[key] // chunk
+            seen = seen & (depth[query] // chunk == depth[key] // chunk)
         return seen
 
     of = lambda name: lists[name].to(torch.int32)[None, None]
@@ -425,10 +425,11 @@ def _flex(query, key, value, mask, *, scaling=None, dropout=0.0, s_aux=None, sof
 
 def time_forms(
     tree, heads: int, shared: int, size: int, dtype: torch.dtype, forms=("tiles", "flex"), repeats: int = 5
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, list[torch.Tensor]]]:
     """Seconds of one layer's attention on `tree.device`, forward and backward, in each form ("mask": one over the row).
 
-    Medians of `repeats` after two passes that compile or plan. On a CPU "flex" is a forward pass alone.
+    Medians of `repeats` after two passes that compile or plan; and each form's output and gradients for the same
+    random numbers. On a CPU "flex" is a forward pass alone.
     """
     from lmolt.models.tree import attention_inputs  # which imports this file
 
@@ -436,30 +437,53 @@ def time_forms(
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal, module.training = heads // shared, True, True
     T = len(tree.input_ids)
-    make = lambda n: torch.randn(1, T, n, size, device=device, dtype=dtype).transpose(1, 2)
-    query, key, value = (
-        make(n).requires_grad_(device.type != "cpu" or "flex" not in forms) for n in (heads, shared, shared)
-    )
-    timed = {}
+    draw = torch.Generator(device).manual_seed(0)
+    make = lambda n: torch.randn(1, T, n, size, device=device, dtype=dtype, generator=draw).transpose(1, 2)
+    inputs = [make(n) for n in (heads, shared, shared)]
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    timed, results = {}, {}
     for form in forms:
+        differentiable = device.type != "cpu" or form != "flex"
+        inputs = [x.detach().requires_grad_(differentiable) for x in inputs]
         if form == "mask":
             mask, blocks = torch.from_numpy(tree.attention_mask())[None, None].to(device), None
         else:
-            _, blocks = attention_inputs(tree, [(None, None)], form)
+            with torch.no_grad():  # the shapes that training has are entered by training
+                _, blocks = attention_inputs(tree, [(None, None)], form)
             mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device)
         took = []
         for _ in range(repeats + 2):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait()
             start = time.perf_counter()
-            out = tree_attention(module, query, key, value, mask, blocks, scaling=size**-0.5)[0]
-            if out.requires_grad:
-                out.sum().backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            out = tree_attention(module, *inputs, mask, blocks, scaling=size**-0.5)[0]
+            gradients = torch.autograd.grad(out.square().sum(), inputs) if differentiable else ()
+            wait()
             took.append(time.perf_counter() - start)
-        timed[form] = sorted(took[2:])[repeats // 2]
-    return timed
+        timed[form], results[form] = sorted(took[2:])[repeats // 2], [out.detach(), *gradients]
+    return timed, results
+
+
+def faster_form(config, tree) -> tuple[str, dict[str, float | str]]:
+    """ "tiles" or "flex", whichever takes less time on `tree.device` for one layer of a text model; and the ms of both.
+
+    FlexAttention where it can't be compiled, or knows not what the model asks for, is told in place of its time.
+    """
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shape = heads, getattr(config, "num_key_value_heads", None) or heads, size
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    for name in ("attn_logit_softcapping", "attention_dropout"):
+        if getattr(config, name, None):
+            return "tiles", {"flex": f"not with the model's {name}"}
+    try:
+        timed, results = time_forms(tree, *shape, dtype)
+    except Exception as error:  # whatever a compiler may say: the tiles do without it
+        return "tiles", {"flex": f"{type(error).__name__}: {error}"[:200]}
+    timed = {form: 1000 * seconds for form, seconds in timed.items()}
+    for one, other in zip(*results.values(), strict=True):
+        if not (one - other).norm() <= 0.02 * one.norm():
+            return "tiles", timed | {"flex": "gives other numbers here"}
+    return min(timed, key=timed.get), timed
 
 
 AttentionInterface.register(TREE, tree_attention)

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 RANGES = {
     "at least 1": (
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_length "
-        "tokens_per_batch score_chunk lora_r save_total_limit eval_max_new_tokens "
+        "score_chunk lora_r save_total_limit eval_max_new_tokens "
         "early_stopping_patience dataloader_prefetch_factor",
         lambda v: v >= 1,
     ),
@@ -34,7 +34,7 @@ RANGES = {
         lambda v: v > 0,
     ),
     "0 or more": (
-        "weight_decay max_grad_norm warmup_steps eval_translations eval_delay dataloader_num_workers",
+        "weight_decay max_grad_norm warmup_steps eval_translations eval_delay dataloader_num_workers tokens_per_batch",
         lambda v: v >= 0,
     ),
     "0 or more, and less than 1": (
@@ -113,10 +113,15 @@ class PreferenceArguments(_Parameters):
     max_length_policy: str = field(default="error", metadata={"help": "longer rows: error, or drop (and count)"})
     tokens_per_batch: int | None = field(
         default=None,
-        metadata={"help": "cut each step into micro-batches of at most so many tokens; sets the accumulation"},
+        metadata={
+            "help": "cut each step into micro-batches of at most so many tokens; sets the accumulation. Default: what "
+            "fits a GPU's memory; on a CPU, and with 0, --per_device_train_batch_size triples each"
+        },
     )
     packing: str = field(default="tree", metadata={"help": "tree: shared prefixes once; padded: one row an output"})
-    score_chunk: int = field(default=256, metadata={"help": "positions whose logits exist at one time"})
+    score_chunk: int | None = field(
+        default=None, metadata={"help": "positions whose logits exist at one time; default 256, on a GPU 1024"}
+    )
     eval_translations: int = field(
         default=0,
         metadata={"help": "held-out sources to translate and score per direction at each evaluation"},

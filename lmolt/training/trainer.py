@@ -15,7 +15,8 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from lmolt import ownership
 from lmolt.distributed import strategy
 from lmolt.models import self_check, tree
-from lmolt.models.attention import Shapes
+from lmolt.models.attention import Shapes, faster_form
+from lmolt.models.lora import lean_adapters
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
 from lmolt.training import checkpoints, identity, reference
 from lmolt.training.arguments import PreferenceArguments
@@ -26,6 +27,7 @@ from lmolt.training.batches import (
     Triples,
     collate,
     micro_batches_for,
+    tokens_that_fit,
     tree_costs,
 )
 from lmolt.training.callbacks import FiniteLossCallback, OneLineProgress
@@ -61,6 +63,11 @@ class PreferenceTrainer(Trainer):
         self.costs = tree_costs(train)
         self.seed = args.seed if args.data_seed is None else args.data_seed
         self.pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        lean_adapters(model)
+        alone = args.train_batch_size == 1 and not self.loss.depends_on_split
+        if args.tokens_per_batch is None and args.device.type == "cuda" and alone:
+            args.tokens_per_batch = max(tokens_that_fit(model, args.gradient_checkpointing), *self.costs)
+        args.tokens_per_batch = args.tokens_per_batch or None
         if args.tokens_per_batch is not None:
             args.gradient_accumulation_steps = micro_batches_for(
                 self.costs,
@@ -104,7 +111,21 @@ class PreferenceTrainer(Trainer):
         self.efficiency = Efficiency(model)
         self.statistics = Statistics(args)
         self._model_is_proved = False
+        self.attention, self.attention_ms = "tiles", {}
+        if args.packing == "tree" and args.device.type == "cuda":
+            self._choose_attention()
+        self.chosen["tree attention"] = self.attention
         tree.SHAPES.update({True: Shapes(), False: Shapes()})  # this run's own, whatever ran in this process before
+
+    def _choose_attention(self) -> None:
+        """Tiles or FlexAttention, whichever is faster for the first micro-batch: rank 0 measures, all ranks follow."""
+        found = [None]
+        if self.args.process_index == 0:
+            first = next(iter(self.get_train_dataloader().batch_sampler))
+            examples = [self.train_dataset.examples[index] for index, _ in first]
+            packed = build_tree([(e.prompt, ids) for e in examples for ids in (e.chosen, e.rejected) if len(ids)])
+            found = [faster_form(self.model.config.get_text_config(), packed.to(self.args.device))]
+        self.attention, self.attention_ms = broadcast_object_list(found)[0]
 
     # --- batches
 
@@ -181,7 +202,7 @@ class PreferenceTrainer(Trainer):
             return padded_logps(model, sequences)
         packed = build_tree(sequences)
         self.efficiency.count(packed.input_ids.size, int(packed.num_tokens.sum()))
-        return tree_logps(model, packed.to(self.args.device), self.args.score_chunk)
+        return tree_logps(model, packed.to(self.args.device), self.args.score_chunk, self.attention)
 
     def _reference(self, batch: MicroBatch, column: int) -> torch.Tensor:
         return batch.references[:, column].to(self.args.device)
@@ -291,6 +312,9 @@ class PreferenceTrainer(Trainer):
         strategy.check_resumable(checkpoint, self.strategy)
         record = identity.read(checkpoint)
         identity.check_same(checkpoint, record["fixed"], self.fixed)
+        if self.attention_ms:  # both could run here: what was measured at the start counts
+            self.attention = record["chosen"].get("tree attention", self.attention)
+            self.chosen["tree attention"] = self.attention
         for name, value in record["chosen"].items():
             if self.chosen.get(name, value) != value:
                 raise ValueError(
