@@ -25,7 +25,8 @@ sys.path[0] = str(ROOT)
 
 import numpy as np  # noqa: E402
 
-from lmolt.merging.safetensors_io import Checkpoint, OutputFolder, encode  # noqa: E402
+from lmolt.merging.checkpoints import Checkpoint  # noqa: E402
+from lmolt.merging.safetensors_io import OutputFolder, encode  # noqa: E402
 
 LAYERS, SHARDS = {"S": 3, "M": 8}, {"S": 2, "M": 4}
 HIDDEN, MLP, VOCABULARY = 2048, 5632, 32000

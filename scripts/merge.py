@@ -1,14 +1,16 @@
-"""Fuse models of one architecture (TIES, SLERP, linear), or fold a LoRA adapter into its base.
+"""Fuse models of one architecture (TIES, SLERP, linear, task arithmetic), or fold a LoRA adapter into its base.
 
     python scripts/merge.py --method slerp --models A B --weights 0.95 0.05 --output O
     python scripts/merge.py --method ties --models A B --base C --weights 0.95 0.05 --density 0.5 --output O
     python scripts/merge.py --recipe recipes/merge/slerp_19_1.yaml --models A B --output O
+    python scripts/merge.py --recipe mergekit.yaml --output O
     python scripts/merge.py --models A --adapter X --output O
     python scripts/merge.py --verify O
     python scripts/merge.py --method slerp --models A B --weights 0.95 0.05 --output O --push_to_hub
 
-A, B, C are folders with safetensors or Hub ids. Memory stays below 300 MB whatever the models' size.
-Writes the model with config and tokenizer of the first, merge.json and README.md; --resume goes on after a kill.
+A, B, C are folders with safetensors or Hub ids. Memory stays below 100 MB whatever the models' size (fusing; folding
+takes torch). Writes the model with config and tokenizer of the first, merge.json and README.md; --resume goes on after
+a kill. --recipe also reads mergekit's YAML.
 """
 
 import os
@@ -20,6 +22,7 @@ if not __package__:  # `scripts/` first on the path would shadow the library `ev
 
 import argparse
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
@@ -28,49 +31,43 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads spin while
 from tqdm import tqdm
 
 from lmolt import ownership
-from lmolt.files import run_main, versions
+from lmolt.files import read_json, run_main, sha256_file, shipped, versions
 from lmolt.merging import methods
-from lmolt.merging.provenance import plot, summarise, summarise_fold, table, write_lineage
-from lmolt.merging.safetensors_io import (
-    NAMES,
+from lmolt.merging.checkpoints import (
     Checkpoint,
-    OutputFolder,
-    check_room,
+    check_checkpoints,
+    check_tokenizer,
+    files_to_copy,
     find_folder,
-    inspect_file,
-    partial_folder,
-    replaced_folder,
+    find_folders,
 )
-from lmolt.recipes import Parser, apply_recipe
+from lmolt.merging.provenance import known_base, plot, summarise, summarise_fold, table, warnings, write_lineage
+from lmolt.merging.safetensors_io import NAMES, OutputFolder, check_room, inspect_file, partial_folder, replaced_folder
+from lmolt.merging.settings import METHODS, Recipe, check_recipe, check_setting, read_mergekit
+from lmolt.recipes import Parser, apply_recipe, read_recipe
 
-SAVED = ("method", "models", "revision", "weights", "t", "weights_for", "base", "density", "normalize", "lambda")
-SAVED += ("rounding", "seed", "dtype", "adapter", "fold_base")  # what merge.json repeats; the rest doesn't change bytes
+SAVED = ("method", "models", "revision", "weights", "t", "weights_for", "base", "density", "density_for", "normalize")
+SAVED += ("lambda", "rounding", "seed", "dtype", "adapter", "fold_base")  # what merge.json repeats: what changes bytes
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--recipe", help="YAML file of defaults for these flags (recipes/merge/)")
-    add("--method", choices=methods.METHODS)
+    add("--recipe", help="YAML file of defaults for these flags (recipes/merge/), or of mergekit")
+    add("--method", choices=METHODS)
     add("--models", nargs="+", metavar="MODEL", help="folders or Hub ids; config and tokenizer are the first's")
     add("--revision", help="of the Hub ids: a branch, tag or commit")
     add("--weights", nargs="+", type=float, help="one a model; with slerp, t = second / sum")
-    add("--t", type=float, help="slerp: the way from the first model to the second, instead of --weights")
+    add("--t", nargs="+", type=float, help="slerp: the way to the second model, instead of --weights; more: a gradient")
     add("--weights_for", nargs="+", metavar="PATTERN=W,W", help="other weights for tensors whose name matches")
-    add("--base", help="ties: the model that all of --models were trained from")
+    add("--base", help="ties, dare_ties, task_arithmetic, nuslerp: what all of --models were trained from")
     add("--density", nargs="+", type=float, default=[0.5], help="ties: share of each delta kept (default 0.5)")
-    add(
-        "--normalize",
-        action="store_true",
-        default=True,
-        help="linear, ties: divide by the sum of (agreeing) weights (default)",
-    )
-    add("--no_normalize", dest="normalize", action="store_false")
-    add("--lambda", type=float, default=1.0, help="ties: factor of the merged delta (default 1)")
-    add(
-        "--rounding", choices=["once", "mergekit"], default="once", help="mergekit: after every step, as mergekit 0.1.5"
-    )
-    add("--seed", type=int, default=0, help="of dare_ties' mask")
+    add("--density_for", nargs="+", metavar="PATTERN=D,D", help="other densities for tensors whose name matches")
+    add("--normalize", action="store_true", default=None, help="divide by the sum of (agreeing) weights")
+    add("--no_normalize", dest="normalize", action="store_false", help="don't (default: linear and ties do)")
+    add("--lambda", type=float, default=1.0, help="with a base: factor of the merged delta (default 1)")
+    add("--rounding", choices=["once", "mergekit", "stochastic"], default="once", help=ROUNDING)
+    add("--seed", type=int, default=0, help="of dare_ties' mask and of stochastic rounding")
     add("--dtype", choices=NAMES, help="of the output; needed if the inputs differ")
     add("--adapter", help="folder or Hub id of a LoRA or QLoRA adapter to fold into the one of --models")
     add("--fold_base", choices=["original", "dequantised"], default="original", help="what the adapter is added to")
@@ -85,43 +82,100 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def resolve(args: argparse.Namespace) -> tuple[list[Checkpoint], Checkpoint | None, methods.Recipe | None]:
-    """The models, the base and how to merge them (None: fold), checked as far as headers and configs tell."""
+ROUNDING = "mergekit: after every step, as mergekit 0.1.5; stochastic: up or down by seeded chance, right on average"
+
+
+def read_arguments(argv: list[str]) -> argparse.Namespace:
+    """The flags, over a recipe of theirs or of mergekit's."""
+    parser, layers = build_parser(), None
+    finder = Parser(add_help=False)
+    finder.add_argument("--recipe", type=Path)
+    file = finder.parse_known_args(argv)[0].recipe
+    content = read_recipe(shipped(file)) if file is not None else {}
+    if "merge_method" in content:
+        settings, notes = read_mergekit(content, file)
+        for note in notes:
+            print(f"note: {file}: {note}")
+        layers = settings.pop("layers")
+        parser.set_defaults(**settings)
+    else:
+        apply_recipe(parser, argv)
+    args = parser.parse_args(argv)
+    if "--t" in argv:  # flags win
+        args.weights = None
+    elif "--weights" in argv:
+        args.t = None
+    args.layers = layers
+    return args
+
+
+def with_patterns(values: list, flag: str, patterns: list[str] | None) -> list:
+    """The settings of each model, `patterns` (PATTERN=N,N; the last that fits counts) before its own value."""
+    cases = []
+    for text in reversed(patterns or []):
+        pattern, _, numbers = text.rpartition("=")
+        try:
+            re.compile(pattern)
+            numbers = [float(number) for number in numbers.split(",")]
+        except (ValueError, re.error):
+            numbers = []
+        if not pattern or len(numbers) != len(values):
+            form = f"PATTERN={','.join(flag[2].upper() * len(values))}"
+            raise ValueError(f"{flag} {text!r}: write {form} such as embed_tokens={','.join('1' * len(values))}")
+        cases.append((pattern, numbers))
+    rest = lambda value: value if isinstance(value, list) and isinstance(value[0], dict) else [{"value": value}]
+    if not cases:
+        return values
+    return [[{"pattern": p, "value": n[i]} for p, n in cases] + rest(value) for i, value in enumerate(values)]
+
+
+def resolve(args: argparse.Namespace) -> tuple[list[Checkpoint], Checkpoint | None, Recipe | None, list[str]]:
+    """The models, the base, how to merge them (None: fold) and notes, checked as far as headers and configs tell."""
     if not args.models:
         raise ValueError("--models names what to merge: folders or Hub ids")
     if not args.adapter and not args.method:
-        raise ValueError(f"--method is one of {', '.join(methods.METHODS)} (or give --adapter to fold one)")
+        raise ValueError(f"--method is one of {', '.join(METHODS)} (or give --adapter to fold one)")
     if args.adapter and (len(args.models) != 1 or args.method or args.base):
         raise ValueError("--adapter is folded into one model: no --method, no --base; merge in a second run")
-    models = [Checkpoint(find_folder(name, args.revision)) for name in args.models]
-    base = Checkpoint(find_folder(args.base, args.revision)) if args.base else None
-    if args.adapter:
-        return models, base, None
-    if args.t is not None and (args.weights or args.method != "slerp" or not 0 <= args.t <= 1):
-        raise ValueError(f"--t (here {args.t}) is slerp's, within [0, 1], instead of --weights")
-    args.weights = args.weights if args.t is None else [1 - args.t, args.t]
-    if not args.weights:
-        raise ValueError("--weights: give one weight a model, such as --weights 0.95 0.05")
-    weights_for = {}
-    for text in args.weights_for or []:
-        pattern, _, numbers = text.rpartition("=")
-        try:
-            weights_for[pattern] = [float(number) for number in numbers.split(",")]
-        except ValueError as error:
-            raise ValueError(f"--weights_for {text!r}: write PATTERN=W,W such as embed_tokens=1,0") from error
-    density = args.density * len(models) if len(args.density) == 1 else args.density
-    scale = vars(args)["lambda"]
-    recipe = methods.Recipe(
-        args.method, args.weights, density, args.normalize, scale, args.rounding, args.seed, weights_for
-    )
-    methods.check_recipe(recipe, models, base)
-    return models, base, recipe
+    recipe = None
+    if not args.adapter:
+        if args.t is not None and (args.weights or args.method != "slerp"):
+            raise ValueError(f"--t (here {args.t}) is slerp's, within [0, 1], instead of --weights")
+        if not args.weights and args.t is None:
+            raise ValueError("--weights: give one weight a model, such as --weights 0.95 0.05")
+        count, t = len(args.models), args.t
+        if t is not None:
+            t = t[0] if isinstance(t, list) and len(t) == 1 else t
+            t = check_setting("--t", t)
+        density = args.density * count if len(args.density) == 1 else args.density
+        if args.method not in ("ties", "dare_ties"):
+            density = []
+        weights = with_patterns(args.weights or [], "--weights_for", args.weights_for)
+        if args.weights_for and t is not None:
+            raise ValueError("--weights_for goes with --weights, not with --t")
+        density = with_patterns(density, "--density_for", args.density_for)
+        options = args.normalize, vars(args)["lambda"], args.rounding, args.seed
+        recipe = Recipe(args.method, weights, density, *options, t)
+    folders = find_folders([*args.models, *([args.base] if args.base else [])], args.revision)
+    sources = [Checkpoint(folder) for folder in folders]
+    models, base = sources[: len(args.models)], sources[-1] if args.base else None
+    notes = check_recipe(recipe, list(models[0].entries), len(models), base is not None) if recipe else []
+    if getattr(args, "layers", None) and recipe and args.layers != max(recipe.layers.values(), default=0):
+        have = max(recipe.layers.values(), default=0)
+        raise ValueError(
+            f"{args.recipe}: slices: layer_range ends at {args.layers}, {args.models[0]} has {have} layers"
+        )
+    return models, base, recipe, notes
 
 
 def check_output(args: argparse.Namespace, sources: list[Checkpoint]) -> None:
     """Lock --output; `ValueError` where it is or holds an input, or anything that merge.py didn't write."""
-    if args.output is None:
-        raise ValueError("--output names the folder to write")
+    if args.output == Path.cwd():
+        raise ValueError(
+            f"--output {args.output} is where you are, and can't be put in place whole; name another folder"
+        )
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a file; name a folder")
     inputs = {f"model {i + 1}": source.folder for i, source in enumerate(sources)} | {"--adapter": args.adapter}
     ownership.check_inputs("--output", args.output, inputs)
     ownership.hold(args.output, beside=True)
@@ -135,105 +189,162 @@ def check_output(args: argparse.Namespace, sources: list[Checkpoint]) -> None:
         ownership.check_free(folder, "merge", ["*"])
 
 
+def check_finished(args: argparse.Namespace, arguments: dict) -> None:
+    """--resume on a merge that is finished: `ValueError` where it is another one."""
+    written = read_json(args.output / "merge.json").get("arguments") or {}
+    if odd := [key for key in arguments if written.get(key) != json.loads(json.dumps(arguments[key]))]:
+        raise ValueError(
+            f"{args.output} is a finished merge with {odd[0]} {written.get(odd[0])!r}, not {arguments[odd[0]]!r}; "
+            "leave --resume out (--overwrite replaces it), or take another folder"
+        )
+    if args.push_to_hub:
+        from lmolt import hub
+
+        later = hub.upload_command(args.output, "merge", args.hub_model_id or args.output.name)
+        raise ValueError(f"{args.output} is already finished; upload it with: {later}")
+    print(f"{args.output} is already finished")
+
+
 def check_files(sources: dict[str, Checkpoint]) -> dict[str, str]:
-    """SHA-256 of the inputs' files by `model/file`, whose values are finite: one reading, two files at a time."""
-    files = {f"{name}/{file}": entries for name, source in sources.items() for file, entries in source.files.items()}
-    values = sum(entry.size for entries in files.values() for entry in entries)
+    """Size and XXH3-128 of the inputs' files by `model/file`, whose values are finite: one reading, two at a time."""
+    files = {f"{n}/{file}": (entries, s.kept) for n, s in sources.items() for file, entries in s.files.items()}
+    values = sum(entry.size for entries, _ in files.values() for entry in entries)
     with tqdm(total=values, unit_scale=True, desc="check") as bar, ThreadPoolExecutor(2) as pool:
-        digests = pool.map(lambda entries: inspect_file(entries, bar.update), files.values())
+        digests = pool.map(lambda job: inspect_file(*job, bar.update), files.values())
         return dict(zip(files, digests, strict=True))
+
+
+def published_hashes(sources: dict[str, Checkpoint]) -> dict[str, str]:
+    """SHA-256 of the files that lie in the Hub's cache, where a blob's name is its SHA-256."""
+    files = {
+        f"{n}/{file}": entries[0].file.resolve().name for n, s in sources.items() for file, entries in s.files.items()
+    }
+    return {file: name for file, name in files.items() if re.fullmatch("[0-9a-f]{64}", name)}
 
 
 def verify_folder(folder: Path) -> None:
     """Check what --output of an earlier merge holds, from its merge.json and the inputs that it names."""
     from lmolt.merging import verification
 
-    lineage_file = folder / "merge.json"
-    if not lineage_file.is_file():
-        raise FileNotFoundError(f"{lineage_file}: there is no such file; --verify checks what merge.py wrote")
-    lineage = json.loads(lineage_file.read_text())
-    args = argparse.Namespace(**lineage["arguments"])
-    models, base, recipe = resolve(args)
+    if not (folder / "merge.json").is_file():
+        raise FileNotFoundError(f"{folder / 'merge.json'}: there is no such file; --verify checks what merge.py wrote")
+    lineage = read_json(folder / "merge.json")
+    if not isinstance(lineage.get("arguments"), dict) or not isinstance(lineage.get("outputs"), dict):
+        raise ValueError(f"{folder / 'merge.json'}: names no arguments or outputs; merge again")
+    args = argparse.Namespace(**dict.fromkeys(SAVED) | lineage["arguments"])
+    models, base, recipe, _ = resolve(args)
     if args.adapter:
-        formula = verification.fold_by_peft(
-            models[0], find_folder(args.adapter, args.revision), args.fold_base, Checkpoint(folder).dtype
-        )
+        adapter = find_folder(args.adapter, args.revision)
+        formula = verification.fold_by_peft(models[0], adapter, args.fold_base, Checkpoint(folder).dtype)
     else:
         formula = lambda name: verification.plain(recipe, name, models, base)
     shares = verification.verify(folder, lineage, formula)
     worst = f", at most {max(shares.values()):.4%} of a tensor's values off the formula" if shares else ""
     print(
-        f"verified {folder}: SHA-256 of {len(lineage['outputs'])} files, {len(shares)} tensors worked out again{worst}"
+        f"verified {folder}: hashes of {len(lineage['outputs'])} files, {len(shares)} tensors worked out again{worst}"
     )
 
 
+def output_config(model: Checkpoint, dtype: str, changes: dict) -> dict:
+    """The model's config.json with the type that is written, without what is left of a quantisation."""
+    config = {key: value for key, value in model.config.items() if key != "quantization_config"} | changes
+    name = {dtype: name for name, dtype in NAMES.items()}[dtype]
+    for key in [key for key in config if key.endswith("_config") and isinstance(config[key], dict)]:
+        inner = config[key] | {name: value for name, value in changes.items() if name in config[key]}
+        config[key] = inner | {key: name for key in ("dtype", "torch_dtype") if key in inner}  # of a composite model
+    return config | {"torch_dtype" if "torch_dtype" in config else "dtype": name}  # transformers 4 reads the first
+
+
 def main(argv: list[str]) -> None:
-    parser = build_parser()
-    apply_recipe(parser, argv)
-    args = parser.parse_args(argv)
+    args = read_arguments(argv)
     if isinstance(args.verify, str):
         return verify_folder(Path(args.verify))
 
     # --- what goes in, checked before a byte is written
-    models, base, recipe = resolve(args)
+    if args.output is None:
+        raise ValueError("--output names the folder to write")
+    args.output = args.output.resolve()  # a link's target is what is written
+    if args.plot and (args.adapter or not args.plot.absolute().parent.is_dir()):
+        raise ValueError(
+            f"--plot {args.plot}: " + ("a fold has no weights" if args.adapter else "there is no such folder")
+        )
+    models, base, recipe, notes = resolve(args)
     sources = [*models, base] if base else models
+    here = lambda name: str(Path(name).resolve()) if name and Path(name).is_dir() else name  # for a later --verify
+    args.models, args.base, args.adapter = [here(name) for name in args.models], here(args.base), here(args.adapter)
+    arguments = {key: vars(args)[key] for key in SAVED} | ({"normalize": recipe.normalize} if recipe else {})
     if args.resume and (args.output / "merge.json").is_file():
-        if args.push_to_hub:
-            from lmolt import hub
-
-            later = hub.upload_command(args.output, "merge", args.hub_model_id or args.output.name)
-            raise ValueError(f"{args.output} is already finished; upload it with: {later}")
-        return print(f"{args.output} is already finished")
+        return check_finished(args, arguments)
     check_output(args, sources)
-    dtype = methods.check_checkpoints(sources, NAMES.get(args.dtype))
-    layout = {file: [(e.name, e.shape) for e in entries] for file, entries in models[0].files.items()}
+    dtype, said = check_checkpoints(sources, NAMES.get(args.dtype))
+    files, links = files_to_copy(models[0].folder)
+    layout = {
+        file: [(e.name, e.dtype if e.name in models[0].kept else dtype, e.shape) for e in entries]
+        for file, entries in models[0].files.items()
+    }
+    changes, origin = {}, None
     if args.adapter:
         from lmolt.merging.folding import Adapter, fold_tensor  # imports torch and transformers
 
         adapter = Adapter(find_folder(args.adapter, args.revision), models[0])
-        for note in adapter.notes:
-            print(f"note: {note}")
+        said += adapter.notes
         new = {name: job.entry for name, job in adapter.jobs.items() if name not in models[0].entries}
-        layout[list(layout)[-1]] += [(name, entry.shape) for name, entry in new.items()]
-    check_room(args.output, layout, dtype)
+        layout[list(layout)[-1]] += [(name, dtype, entry.shape) for name, entry in new.items()]
+        changes = {"tie_word_embeddings": False} if adapter.untied else {}
+        produce = lambda name, write: fold_tensor(name, adapter, args.fold_base, dtype, write)
+    else:
+        origin = (args.base, None) if base else known_base(models)
+        produce = lambda name, write: methods.merge_tensor(name, models, base, recipe, dtype, write, origin[1])
+    for note in dict.fromkeys([*notes, *said, *links]):
+        print(f"note: {note}")
+    check_room(args.output, layout, sum((models[0].folder / file).stat().st_size for file in files))
     name, licence = str(args.output), {}
     if args.push_to_hub:
         from lmolt import hub
 
         name = hub.reserve(args.hub_model_id or args.output.name, args.hub_private_repo)
         licence = hub.licence([*filter(None, [*args.models, args.base, args.adapter])])
+    named = dict(zip([*args.models, args.base], sources, strict=False))
+    inputs = check_files(named)
     if args.adapter:
-        produce = lambda name, write: fold_tensor(name, adapter, args.fold_base, dtype, write)
-    else:
-        produce = lambda name, write: methods.merge_tensor(name, models, base, recipe, dtype, write)
-    inputs = check_files(dict(zip([*args.models, args.base], sources, strict=False)))
-    if args.adapter:
-        inputs[f"{args.adapter}/{adapter.file.name}"] = adapter.sha256
-    arguments = {key: vars(args)[key] for key in SAVED}
-    plan = {"arguments": arguments, "inputs": inputs}
-    output = OutputFolder(args.output, layout, dtype, json.loads(json.dumps(plan)), args.resume)
+        inputs[f"{args.adapter}/{adapter.file.name}"] = adapter.hash
+    output = OutputFolder(
+        args.output, layout, json.loads(json.dumps({"arguments": arguments, "inputs": inputs})), args.resume
+    )
 
     # --- one tensor after the other
     began = time.perf_counter()
-    sizes = {name: prod(shape) for tensors in layout.values() for name, shape in tensors}
-    done = sum(sizes[record["tensor"]] for record, _ in output.done)
+    sizes = {name: prod(shape) for tensors in layout.values() for name, _, shape in tensors}
+    done, kept = sum(sizes[record["tensor"]] for record, _ in output.done), models[0].kept
     with tqdm(total=sum(sizes.values()), initial=done, unit_scale=True, desc=args.method or "fold") as bar:
-        records, outputs = output.write_tensors(lambda *job: (produce(*job), bar.update(sizes[job[0]]))[0])
+
+        def step(name: str, write) -> dict:
+            record = methods.copy_tensor(kept[name], write) if name in kept else produce(name, write)
+            bar.update(sizes[name])
+            return record
+
+        records, outputs = output.write_tensors(step)
 
     # --- what came out
-    packages = ("numpy", "torch", "peft", "bitsandbytes") if args.adapter else ("numpy",)
+    packages = ("numpy", "torch", "transformers", "peft", "bitsandbytes") if args.adapter else ("numpy",)
     lineage = {
         "arguments": arguments,
         "versions": versions(*packages),
         "inputs": inputs,
+        "inputs_sha256": published_hashes(named),
         "outputs": outputs,
+        "sha256": {file: sha256_file(output.partial / file) for file in outputs} if args.push_to_hub else {},
         "licence": licence,
-        **(summarise_fold if args.adapter else summarise)(records),
+        **(summarise_fold(records) if args.adapter else summarise(records, dtype, origin[0])),
     }
-    config = json.loads((models[0].folder / "config.json").read_text())
+    config = output_config(models[0], dtype, changes)
     write_lineage(output.partial, name, lineage, seq2seq=config.get("is_encoder_decoder", False))
-    output.finish(models[0], {"tie_word_embeddings": False} if args.adapter and adapter.untied else {})
+    check = lambda: check_tokenizer(output.partial, models[0].folder)
+    if note := output.finish(models[0].folder, files, config, check):
+        print(f"note: {note}")
     print(table(lineage))
+    for warning in [] if args.adapter else warnings(lineage):
+        print(f"warning: {warning}")
     print(f"wrote {args.output} in {time.perf_counter() - began:.1f} s: the model, its card, merge.json")
     if args.plot:
         plot(lineage, args.plot)

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from lmolt.merging import folding
-from lmolt.merging.safetensors_io import Checkpoint
+from lmolt.merging.checkpoints import Checkpoint
 from lmolt.merging.verification import fold_by_peft
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from lmolt.merging import methods, safetensors_io
-from lmolt.merging.safetensors_io import Checkpoint
+from lmolt.merging.checkpoints import Checkpoint
+from lmolt.merging.settings import Recipe, check_recipe
 from lmolt.merging.verification import plain, units_apart
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -36,6 +37,7 @@ def three(request, tmp_path):
 def merge(recipe, models, base=None, dtype="BF16"):
     """The merged tensor `w` in float64 and its record."""
     pieces = []
+    check_recipe(recipe, ["w"], len(models), base is not None)
     record = methods.merge_tensor("w", models, base, recipe, dtype, pieces.append)
     return np.concatenate([safetensors_io.decode(piece, dtype, np.float64) for piece in pieces]), record
 
@@ -51,7 +53,7 @@ def literal(tmp_path, recipe, base, *models):
 
 def test_ties_by_hand(tmp_path):
     """Trim to 2 of 4; the votes 3, -1 elect +; the loser's weight is not in the divisor."""
-    recipe = methods.Recipe("ties", [1.0, 0.5], [0.5, 0.5])
+    recipe = Recipe("ties", [1.0, 0.5], [0.5, 0.5])
     merged, record = literal(tmp_path, recipe, [1.0, 1, 1, 1], [4.0, 1.5, -1, 1], [-1.0, 1.25, 3, 1])
     # deltas 3 .5 -2 0 and -2 .25 2 0; kept 3 0 -2 0 and -2 0 2 0; votes 3 0 -2 0 and -1 0 1 0
     assert merged.tolist() == [4, 1, -1, 1]
@@ -59,53 +61,47 @@ def test_ties_by_hand(tmp_path):
 
 
 def test_ties_without_normalisation_with_lambda(tmp_path):
-    recipe = methods.Recipe("ties", [1.0, 0.5], [1.0, 1.0], normalize=False, scale=2.0)
+    recipe = Recipe("ties", [1.0, 0.5], [1.0, 1.0], normalize=False, scale=2.0)
     merged, _ = literal(tmp_path, recipe, [0.0, 0, 0], [1.0, -4, 1], [2.0, 2, -2])
     assert merged.tolist() == [4, -8, 2]  # the last: a sum of 0 elects +
 
 
 def test_of_equal_magnitudes_the_first_stay(tmp_path):
-    recipe = methods.Recipe("ties", [1.0], [0.5])
+    recipe = Recipe("ties", [1.0], [0.5])
     merged, _ = literal(tmp_path, recipe, [0.0] * 6, [1.0, -1, 2, 1, 1, -1])
     assert merged.tolist() == [1, -1, 2, 0, 0, 0]
 
 
 def test_linear_divides_by_the_sum_of_weights(tmp_path):
-    merged, _ = literal(tmp_path, methods.Recipe("linear", [3.0, 1.0]), None, [4.0, 8], [0.0, -8])
+    merged, _ = literal(tmp_path, Recipe("linear", [3.0, 1.0]), None, [4.0, 8], [0.0, -8])
     assert merged.tolist() == [3, 4]
 
 
 def test_linear_without_normalisation(tmp_path):
-    recipe = methods.Recipe("linear", [3.0, -3.0], normalize=False)
+    recipe = Recipe("linear", [3.0, -3.0], normalize=False)
     merged, record = literal(tmp_path, recipe, None, [4.0, 8], [0.0, -8])
     assert merged.tolist() == [12, 48]
     assert methods.effective_weights(np.array(record["inner"])) == pytest.approx([3, -3])
 
 
 def test_slerp_of_a_right_angle(tmp_path):
-    merged, record = literal(tmp_path, methods.Recipe("slerp", [0.5, 0.5]), None, [2.0, 0], [0.0, 3])
+    merged, record = literal(tmp_path, Recipe("slerp", [0.5, 0.5]), None, [2.0, 0], [0.0, 3])
     assert merged == pytest.approx([2 * 0.5**0.5, 3 * 0.5**0.5]) and not record["linear"]
 
 
 def test_slerp_is_linear_where_the_angle_is_small_and_takes_zeros(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    merged, record = literal(tmp_path / "a", methods.Recipe("slerp", [0.75, 0.25]), None, [4.0, 4], [8.0, 8])
+    merged, record = literal(tmp_path / "a", Recipe("slerp", [0.75, 0.25]), None, [4.0, 4], [8.0, 8])
     assert merged.tolist() == [5, 5] and record["linear"]
-    merged, record = literal(tmp_path / "b", methods.Recipe("slerp", [0.5, 0.5]), None, [0.0, 0], [2.0, 0])
+    merged, record = literal(tmp_path / "b", Recipe("slerp", [0.5, 0.5]), None, [0.0, 0], [2.0, 0])
     assert merged == pytest.approx([2 * 0.5**0.5, 0]) and not record["linear"]
 
 
 def test_dare_keeps_the_expected_delta(tmp_path):
     size = 200_000
-    merged, _ = literal(tmp_path, methods.Recipe("dare_ties", [1.0], [0.25]), np.zeros(size), np.ones(size))
-    assert set(merged.tolist()) == {0, 4} and merged.mean() == pytest.approx(1, abs=0.02)
-
-
-def test_the_pattern_decides_the_weights():
-    recipe = methods.Recipe("linear", [0.5, 0.5], weights_for={"layers": [0.2, 0.8], r"layers\.1\.": [1.0, 0.0]})
-    assert recipe.weights_of("embed") == [0.5, 0.5]
-    assert recipe.weights_of("layers.0.q") == [0.2, 0.8]
-    assert recipe.weights_of("layers.1.q") == [1.0, 0.0]
+    merged, _ = literal(tmp_path, Recipe("dare_ties", [1.0], [0.25]), np.zeros(size), np.ones(size))
+    assert (merged > 0).mean() == pytest.approx(0.25, abs=0.005) and len(set(merged.tolist())) == 2
+    assert merged.mean() == pytest.approx(1, abs=1e-5)  # what stays is scaled to the sum of all
 
 
 def test_effective_weights_are_the_fit():
@@ -160,7 +156,7 @@ def mergekit_slerp(a, b, t):
 def test_linear_is_mergekits_bit_for_bit(three, weights):
     dtype, (_, *tensors), (_, *folders) = three
     count = len(weights)
-    merged, _ = merge(methods.Recipe("linear", weights, rounding="mergekit"), folders[:count], dtype=dtype)
+    merged, _ = merge(Recipe("linear", weights, rounding="mergekit"), folders[:count], dtype=dtype)
     theirs = mergekit_linear(tensors[:count], weights).double().numpy().ravel()
     assert (merged != theirs).sum() == 0
 
@@ -178,7 +174,7 @@ def test_linear_is_mergekits_bit_for_bit(three, weights):
 def test_ties_is_mergekits_bit_for_bit(three, weights, density, normalize, scale):
     dtype, (base, *tensors), (base_folder, *folders) = three
     count = len(weights)
-    recipe = methods.Recipe("ties", weights, density, normalize, scale, "mergekit")
+    recipe = Recipe("ties", weights, density, normalize, scale, "mergekit")
     merged, _ = merge(recipe, folders[:count], base_folder, dtype)
     theirs = mergekit_ties(base, tensors[:count], weights, density, normalize, scale).double().numpy().ravel()
     assert (merged != theirs).sum() == 0
@@ -186,7 +182,7 @@ def test_ties_is_mergekits_bit_for_bit(three, weights, density, normalize, scale
 
 def test_slerp_is_mergekits_but_for_a_rounding(three):
     dtype, (_, a, b, _), (_, *folders) = three
-    merged, _ = merge(methods.Recipe("slerp", [0.95, 0.05], rounding="mergekit"), folders[:2], dtype=dtype)
+    merged, _ = merge(Recipe("slerp", [0.95, 0.05], rounding="mergekit"), folders[:2], dtype=dtype)
     theirs = mergekit_slerp(a, b, 0.05).double().numpy().ravel()
     if dtype != "F32":  # there the angle, too, is float32 for mergekit: every value moves
         assert (merged != theirs).mean() < 1e-3
@@ -215,7 +211,7 @@ def exact_ties(base, models, recipe):
 @pytest.mark.parametrize("method", ["ties", "slerp", "linear"])
 def test_every_value_is_the_float64_formula_rounded_once(three, method):
     dtype, (base, a, b, _), (base_folder, *folders) = three
-    recipe = methods.Recipe(method, [0.95, 0.05], [0.5, 0.2])
+    recipe = Recipe(method, [0.95, 0.05], [0.5, 0.2])
     origin = base_folder if method == "ties" else None
     merged, _ = merge(recipe, folders[:2], origin, dtype)
     x, y = a.double().flatten(), b.double().flatten()
@@ -234,7 +230,7 @@ def test_types_may_be_mixed(tmp_path):
     torch.manual_seed(0)
     a, b = torch.randn(1000), torch.randn(1000)
     folders = [checkpoint(tmp_path / "a", a, torch.float16), checkpoint(tmp_path / "b", b, torch.float32)]
-    merged, _ = merge(methods.Recipe("linear", [0.5, 0.5]), folders, dtype="BF16")
+    merged, _ = merge(Recipe("linear", [0.5, 0.5]), folders, dtype="BF16")
     assert merged.tolist() == ((a.half().double() + b.double()) / 2).bfloat16().double().tolist()
 
 
@@ -261,7 +257,7 @@ def test_trim_keeps_what_a_stable_sort_keeps(tmp_path, values, density, kind):
     zero = checkpoint(tmp_path / "0", np.zeros_like(values), torch.float32)
     one = checkpoint(tmp_path / "1", values, torch.float32)
     rounding = "once" if kind is np.float64 else "mergekit"
-    merged, _ = merge(methods.Recipe("ties", [1.0], [density], rounding=rounding), [one], zero, "F32")
+    merged, _ = merge(Recipe("ties", [1.0], [density], rounding=rounding), [one], zero, "F32")
     expected = np.zeros_like(values)
     first = np.argsort(-np.abs(values), kind="stable")[: max(1, int(density * values.size))]
     expected[first] = values[first]
@@ -279,3 +275,155 @@ def test_bfloat16_rounds_as_torch_does():
     assert np.array_equal(ours, torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16))
     again = safetensors_io.decode(ours, "BF16")
     assert np.array_equal(safetensors_io.encode(again[np.isfinite(again)], "BF16"), ours[np.isfinite(again)])
+
+
+# --- DARE, votes, deltas
+
+
+def test_dare_ties_is_mergekits_given_its_mask(three):
+    """mergekit 0.1.5: masked, scaled to the L1 norm, weighted, elected; not divided by default."""
+    dtype, (base, a, b, _), (base_folder, *folders) = three
+    recipe = Recipe("dare_ties", [0.95, 0.05], [0.5, 0.2], rounding="mergekit", seed=3)
+    merged, _ = merge(recipe, folders[:2], base_folder, dtype)
+    kept = []
+    for index, (model, density) in enumerate(zip((a, b), recipe.density, strict=True)):
+        mask = np.concatenate([*methods.dare_mask("w", index, a.numel(), density, 3)])
+        delta = model - base
+        masked = delta * torch.from_numpy(mask).reshape(SHAPE).to(delta.dtype)
+        kept.append(masked * (delta.abs().sum() / masked.abs().sum()))
+    votes = torch.stack(kept) * torch.tensor(recipe.weights, dtype=base.dtype)[:, None, None]
+    elected = (votes.sum(0) >= 0).to(base.dtype) * 2 - 1
+    theirs = (base + (votes * (votes.sign() == elected)).sum(0)).double().numpy().ravel()
+    assert not recipe.normalize
+    assert (merged != theirs).mean() < (1e-3 if dtype != "F32" else 0.9)  # sums over the tensor add in another order
+    assert np.allclose(merged, theirs, rtol={"BF16": 2**-7, "F16": 2**-9, "F32": 2**-20}[dtype], atol=1e-7)
+
+
+@pytest.mark.parametrize("weights", [[0.3, 0.1], [0.9, 0.3], [0.6, 0.2], [0.4, 0.3, 0.3], [0.5, 0.3, 0.4], [0.3] * 3])
+def test_votes_that_tie_are_decided_the_same_way_by_verify(tmp_path, weights):
+    """bf16 deltas that are multiples of one another: 0.3 d - 0.1 * 3 d is 0 only in exact arithmetic."""
+    generator = np.random.default_rng(5)
+    base = torch.from_numpy(generator.standard_normal(40_000)).bfloat16()
+    step = 2.0 ** torch.floor(torch.log2(base.float().abs()) - 5)
+    models = [base.float() + step * torch.from_numpy(generator.integers(-4, 5, 40_000)) for _ in weights]
+    folders = [checkpoint(tmp_path / str(i), x) for i, x in enumerate([base, *models])]
+    recipe = Recipe("ties", weights, [1.0] * len(weights))
+    merged, record = merge(recipe, folders[1:], folders[0])
+    off = units_apart(merged, plain(recipe, "w", folders[1:], folders[0]), "BF16") > 0.501
+    assert off.mean() <= 1e-3 and record["conflicts"] > 0
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "nuslerp", "dare_ties", "ties", "slerp", "linear"])
+def test_verifys_formula_is_the_merges(three, method):
+    dtype, _, (base, *folders) = three
+    recipe = Recipe(method, [0.95, 0.05], [0.5, 0.2], scale=1.0 if method in ("slerp", "linear") else 0.7)
+    origin = None if method in ("slerp", "linear") else base
+    merged, _ = merge(recipe, folders[:2], origin, dtype)
+    exact = plain(recipe, "w", folders[:2], origin)
+    if method != "nuslerp":
+        assert (units_apart(merged, exact, dtype) > 0.501).mean() <= 1e-3
+    else:  # lambda isn't mergekit's there
+        assert (units_apart(merged, exact, dtype) > 0.501).mean() <= 1e-3
+
+
+def test_task_arithmetic_is_mergekits_bit_for_bit(three):
+    dtype, (base, *tensors), (base_folder, *folders) = three
+    weights = [0.5, 0.3, 0.2]
+    recipe = Recipe("task_arithmetic", weights, scale=0.8, rounding="mergekit")
+    merged, _ = merge(recipe, folders, base_folder, dtype)
+    deltas = torch.stack([model - base for model in tensors]) * torch.tensor(weights, dtype=base.dtype)[:, None, None]
+    theirs = (base + deltas.sum(0) * 0.8).double().numpy().ravel()
+    assert (merged != theirs).mean() < 1e-3  # torch adds three bf16 in float32, and rounds once
+
+
+def test_nuslerp_turns_the_task_vector(tmp_path):
+    recipe = Recipe("nuslerp", [0.5, 0.5])
+    merged, record = literal(tmp_path, recipe, [1.0, 1], [3.0, 1], [1.0, 4])
+    assert merged == pytest.approx([1 + 2 * 0.5**0.5, 1 + 3 * 0.5**0.5]) and not record["linear"]
+
+
+# --- what was stored
+
+
+def stored_weights(records, dtype="BF16"):
+    from lmolt.merging.provenance import summarise
+
+    return summarise(records, dtype, "base")["total"]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(0.1, 0.05), (0.01, 0.02), (0.003, 0.006)], ids=["10 %", "1 %", "0.3 %"]
+)
+@pytest.mark.parametrize("with_base", [True, False])
+def test_the_stored_ratio_is_what_is_reported(tmp_path, size, expected, with_base):
+    """SLERP 19:1 with deltas of that share of the weights: bf16 keeps less of the second model than was asked for."""
+    torch.manual_seed(0)
+    base = torch.randn(400_000).mul(0.02).bfloat16()
+    tensors = [(base.float() + size * 0.02 * torch.randn(400_000)).bfloat16() for _ in "ab"]
+    folders = [checkpoint(tmp_path / str(i), x) for i, x in enumerate([*tensors, base])]
+    pieces, recipe = [], Recipe("slerp", [0.95, 0.05])
+    record = methods.merge_tensor(
+        "w", folders[:2], None, recipe, "BF16", pieces.append, folders[2] if with_base else None
+    )
+    total = stored_weights([{"tensor": "w", **record}])
+    merged = np.concatenate([safetensors_io.decode(piece, "BF16", np.float64) for piece in pieces])
+    a, b, o = (x.double().numpy() for x in (*tensors, base))
+    looked = np.concatenate([np.arange(i, min(i + (1 << 16), a.size)) for i in range(0, a.size, 8 << 16)])
+    deltas = np.stack([a - o, b - o])[:, looked]
+    mine = np.linalg.lstsq(deltas.T, (merged - o)[looked], rcond=None)[0]
+    assert total["asked_weights"] == pytest.approx([0.95, 0.05])
+    assert total["effective_weights"][1] == pytest.approx(expected, rel=0.35)
+    assert total["effective_weights"] == pytest.approx(mine if with_base else [1 - mine[1], mine[1]], abs=4e-3)
+    assert total["equal_to_first"] == pytest.approx((merged == a)[looked].mean())
+
+
+def test_stochastic_rounding_is_right_on_average(tmp_path):
+    """The expected value of each stored number is the exact one; the same seed gives the same bytes."""
+    exact = np.float32(1.0) + np.arange(16, dtype=np.float32) / 16 * np.float32(2**-7)  # between two bf16 values
+    many = np.repeat(np.concatenate([exact, -exact]), 20_000)
+    for dtype, width in (("BF16", 2.0**-7), ("F16", 2.0**-10)):
+        values = many if dtype == "BF16" else np.sign(many) * (1 + (np.abs(many) - 1) / 8)
+        stored = safetensors_io.encode_at_random(values, dtype, np.random.default_rng(1))
+        error = (safetensors_io.decode(stored, dtype, np.float64) - values).reshape(32, -1)
+        assert np.abs(error).max() < width
+        assert np.abs(error.mean(axis=1)).max() < 5 * width / 2 / np.sqrt(20_000)
+        again = safetensors_io.encode_at_random(values, dtype, np.random.default_rng(1))
+        assert np.array_equal(stored, again)
+
+
+def test_stochastic_rounding_keeps_the_ratio(tmp_path):
+    torch.manual_seed(0)
+    base = torch.randn(400_000).mul(0.02).bfloat16()
+    tensors = [(base.float() + 0.01 * 0.02 * torch.randn(400_000)).bfloat16() for _ in "ab"]
+    folders = [checkpoint(tmp_path / str(i), x) for i, x in enumerate([*tensors, base])]
+    recipe = Recipe("slerp", [0.95, 0.05], rounding="stochastic")
+    record = methods.merge_tensor("w", folders[:2], None, recipe, "BF16", lambda piece: None, folders[2])
+    assert stored_weights([{"tensor": "w", **record}])["effective_weights"] == pytest.approx([0.95, 0.05], abs=8e-3)
+
+
+def test_equal_models_have_no_weights(tmp_path):
+    folders = [checkpoint(tmp_path / str(i), np.ones(100)) for i in range(2)]
+    record = methods.merge_tensor("w", folders, None, Recipe("slerp", [0.95, 0.05]), "BF16", lambda piece: None)
+    total = stored_weights([{"tensor": "w", **record}])
+    assert total["effective_weights"] is None and total["equal_to_first"] == 1
+
+
+def test_inputs_of_several_shapes_and_weights_by_tensor(tmp_path):
+    """The whole's weights are those of all tensors, each as large as its deltas are."""
+    torch.manual_seed(0)
+    records, folders = [], []
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+        save_file(
+            {"layers.0.w": torch.randn(100), "layers.1.w": torch.randn(300)}, tmp_path / str(i) / "model.safetensors"
+        )
+        (tmp_path / str(i) / "config.json").write_text("{}")
+        folders.append(Checkpoint(tmp_path / str(i)))
+    recipe = Recipe("linear", [[1.0, 0.0], [0.0, 1.0]])
+    check_recipe(recipe, ["layers.0.w", "layers.1.w"], 2, False)
+    for name in ("layers.0.w", "layers.1.w"):
+        record = methods.merge_tensor(name, folders, None, recipe, "F32", lambda piece: None)
+        records.append({"tensor": name, **record})
+    total = stored_weights(records, "F32")
+    assert total["effective_weights"] == pytest.approx(total["asked_weights"], abs=1e-6)
+    assert total["effective_weights"][1] == pytest.approx(0.75, abs=0.1)

@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from lmolt.merging.safetensors_io import Checkpoint
+from lmolt.merging.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lmolt.files import sha256_file
+from lmolt.files import content_hash
 from lmolt.merging.architecture import read_architecture
-from lmolt.merging.safetensors_io import STORAGE, Checkpoint, Entry, decode, encode, read_bits
+from lmolt.merging.checkpoints import Checkpoint
+from lmolt.merging.safetensors_io import STORAGE, Entry, decode, encode, read_bits
 
 BLOCK = 1 << 22  # values of the delta at a time: 16 MiB
 # adapter_config.json of PEFT 0.3 to 0.21: keys that say how it was trained, named, or found its modules
@@ -139,7 +140,7 @@ class Adapter:
             self.tensors = safe_open(self.file, "pt")
         except SafetensorError as error:
             raise ValueError(f"{self.file}: not a safetensors file, or cut off ({error}); save it again") from None
-        self.sha256 = sha256_file(self.file)
+        self.hash = content_hash(self.file, remember=False)
         self.changes: dict[str, Change] = {}
         self.untied: list[str] = []
         self.notes: list[str] = []

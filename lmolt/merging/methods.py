@@ -8,132 +8,53 @@ Per tensor, base b, models x_i, weights w_i, density rho (Yadav et al., arXiv:23
     TIES    d_i = x_i - b, of which the k = max(1, int(rho n)) largest magnitudes stay (of equal ones, the first);
             v_i = w_i d_i;  elected sign: that of sum v_i, + for 0;  m_i = [sign v_i = elected]
             y = b + lambda * (sum v_i m_i) / (sum w_i m_i)        (the divisor is left out without `normalize`)
-    DARE    the same, but each d_i stays with probability rho, and is divided by it (arXiv:2311.03099)
+    DARE    the same, but each d_i stays with probability rho, and what stays is scaled to the sum of all |d_i|
+            (arXiv:2311.03099, with mergekit's rescaling; by default not normalised)
+    task arithmetic   y = b + lambda * sum w_i d_i                (arXiv:2212.04089; with `normalize` / sum w_i)
+    nuslerp           y = b + SLERP of d_0 and d_1, linear only where they are parallel
 
 Everything is worked out in float32 (float64 where an input or the output is float32) and rounded once;
-`rounding="mergekit"` rounds to the stored type after every step, as mergekit does.
+`rounding="mergekit"` rounds to the stored type after every step, as mergekit does; `"stochastic"` rounds up or down by
+seeded chance, so that the expected output is the exact one. Votes that add up to less than 2^-20 of their magnitudes
+count as 0: bf16 deltas with commensurate weights tie exactly, and rounding would decide.
 """
 
 import math
-import re
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import reduce
 from itertools import combinations
 from operator import iadd
 
 import numpy as np
 
-from lmolt.merging.safetensors_io import Checkpoint, all_finite, decode, encode
+from lmolt.merging.checkpoints import Checkpoint
+from lmolt.merging.safetensors_io import PIECE, STORAGE, all_finite, decode, encode, encode_at_random, read_bits
+from lmolt.merging.settings import Recipe
+from lmolt.merging.trim import Bracket, Trim, radix_select
 
-METHODS = ("ties", "slerp", "linear", "dare_ties")
-
-
-@dataclass
-class Recipe:
-    """How to merge. `weights`, `density`: one a model; `weights_for` {pattern of tensor names: weights}."""
-
-    method: str
-    weights: list[float]
-    density: list[float] = field(default_factory=list)
-    normalize: bool = True
-    scale: float = 1.0  # lambda
-    rounding: str = "once"  # or "mergekit"
-    seed: int = 0  # of DARE's mask
-    weights_for: dict[str, list[float]] = field(default_factory=dict)
-
-    def weights_of(self, name: str) -> list[float]:
-        """The last pattern found in the tensor's name decides."""
-        for pattern, weights in reversed(self.weights_for.items()):
-            if re.search(pattern, name):
-                return weights
-        return self.weights
-
-
-def check_recipe(recipe: Recipe, models: list[Checkpoint], base: Checkpoint | None) -> None:
-    """`ValueError` where the numbers don't fit the method or the number of models."""
-    count = len(models)
-    if recipe.method == "slerp" and count != 2:
-        raise ValueError(f"SLERP is between exactly two models, not {count}; linear and ties take any number")
-    if recipe.method in ("ties", "dare_ties") and base is None:
-        raise ValueError(f"{recipe.method} needs --base: the model that all of --models were trained from")
-    if recipe.method in ("slerp", "linear") and base is not None:
-        raise ValueError(f"{recipe.method} has no base; leave --base out, or use --method ties")
-    if count < 1 or (count < 2 and base is None):
-        raise ValueError(f"--models has {count} model; merging takes two or more")
-    for option, weights in {"--weights": recipe.weights, **recipe.weights_for}.items():
-        if len(weights) != count:
-            raise ValueError(f"{option}: {len(weights)} weights for {count} models; give one each, in --models' order")
-        if not all(map(math.isfinite, weights)):
-            raise ValueError(f"{option}: weights must be finite, not {weights}")
-        if (recipe.method == "slerp" or recipe.method == "linear" and recipe.normalize) and sum(weights) == 0:
-            raise ValueError(f"{option}: weights {weights} add up to 0, by which {recipe.method} divides")
-        if recipe.method == "slerp" and min(weights) < 0:
-            raise ValueError(f"{option}: SLERP's weights are shares of the way, none below 0, not {weights}")
-    names = list(models[0].entries)
-    for pattern in recipe.weights_for:
-        if not any(re.search(pattern, name) for name in names):
-            raise ValueError(f"--weights_for {pattern!r}: no tensor has such a name; the first are {names[:3]}")
-    if len(recipe.density) != count and recipe.method in ("ties", "dare_ties"):
-        raise ValueError(f"--density: {len(recipe.density)} values for {count} models; give one, or one each")
-    if not all(0 < density <= 1 for density in recipe.density):
-        raise ValueError(f"--density must lie in (0, 1], not {recipe.density}")
-
-
-def check_checkpoints(checkpoints: list[Checkpoint], dtype: str | None) -> str:
-    """Compare what the headers and configs say; the output's type. `ValueError` names the folders and the remedy."""
-    first = checkpoints[0]
-    for other in checkpoints:
-        if first.config.get("model_type") != other.config.get("model_type"):
-            kinds = first.config.get("model_type"), other.config.get("model_type")
-            raise ValueError(f"{first.folder} is a {kinds[0]}, {other.folder} a {kinds[1]}; merge models of one kind")
-        tied = [bool(c.config.get("tie_word_embeddings")) for c in (first, other)]
-        odd = sorted(set(first.entries) ^ set(other.entries))
-        if tied[0] != tied[1] or odd == ["lm_head.weight"]:
-            raise ValueError(
-                f"{first.folder} and {other.folder}: one ties its head to the embedding, the other does not. Untie the "
-                "tied one: model.lm_head.weight = Parameter(model.model.embed_tokens.weight.clone()), "
-                "config.tie_word_embeddings = False, save_pretrained"
-            )
-        if odd:
-            where = (first if odd[0] in first.entries else other).folder
-            raise ValueError(f"{first.folder} and {other.folder}: {len(odd)} tensors in one only; {odd[0]} in {where}")
-        for name, entry in first.entries.items():
-            here, there = entry.shape, other.entries[name].shape
-            if here == there:
-                continue
-            if here[1:] == there[1:] and re.search(r"embed|lm_head|wte|shared", name):
-                raise ValueError(
-                    f"{first.folder} has a vocabulary of {here[0]}, {other.folder} one of {there[0]} ({name}). Tokens "
-                    f"merge by number: use one tokenizer, and model.resize_token_embeddings({max(here[0], there[0])})"
-                )
-            raise ValueError(f"{name}: {list(here)} in {first.folder}, {list(there)} in {other.folder}; other models?")
-    kinds = {entry.dtype for checkpoint in checkpoints for entry in checkpoint.entries.values()}
-    if dtype is None and len(kinds) > 1:
-        raise ValueError(f"the models hold several types ({', '.join(sorted(kinds))}); say --dtype of the output")
-    return dtype or kinds.pop()
+TIE = 2.0**-20  # of the votes' magnitudes; float32 sums of a few are off by 2^-23
+FITTED = 8  # one piece in so many is looked at for what was stored
 
 
 # --- formulas, on flat arrays of one working type
 
 
-def slerp_coefficients(dots: np.ndarray, t: float) -> tuple[float, float, bool]:
+def slerp_coefficients(dots: np.ndarray, t: float, threshold: float = 0.9995) -> tuple[float, float, bool]:
     """Factors of the two *unnormalised* tensors, and whether they are linear's; `dots` (2, 2): inner products."""
     norms = [norm if norm > 1e-8 else 1.0 for norm in np.sqrt(np.diag(dots)).tolist()]
     cosine = min(1.0, max(-1.0, float(dots[0, 1]) / (norms[0] * norms[1])))
-    if abs(cosine) > 0.9995:
+    if abs(cosine) > threshold:
         return 1 - t, t, True
     theta = math.acos(cosine)
     return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta), False
 
 
 def weighted_sum(values: list[np.ndarray], factors: list[float]) -> np.ndarray:
-    """sum_i f_i x_i, added in order."""
-    total = values[0] * values[0].dtype.type(factors[0])
-    for value, factor in zip(values[1:], factors[1:], strict=True):
-        total += value * value.dtype.type(factor)
-    return total
+    """sum_i f_i x_i, added in order; the values are overwritten."""
+    for value, factor in zip(values, factors, strict=True):
+        value *= value.dtype.type(factor)
+    return reduce(iadd, values)
 
 
 def fused_sum(values: list[np.ndarray], factors: list[float]) -> np.ndarray:
@@ -145,16 +66,23 @@ def fused_sum(values: list[np.ndarray], factors: list[float]) -> np.ndarray:
 
 
 def elect(
-    deltas: list[np.ndarray], weights: list[float], normalize: bool, scale: float, rounded=lambda x: x
+    deltas: list[np.ndarray], weights: list[float], normalize: bool, scale: float, rounded=lambda x: x, exact=True
 ) -> tuple[np.ndarray, int]:
     """TIES' last two steps on trimmed deltas, which it overwrites: what is added to the base, and how many conflicts.
 
-    `rounded` is applied after every step. Votes are turned so that the elected sign is +: agreeing ones are then > 0.
+    `rounded` is applied after every step; where not `exact`, ties are what rounding makes of them. Votes are turned so
+    that the elected sign is +: agreeing ones are then > 0.
     """
     number, integer = deltas[0].dtype.type, np.dtype(f"i{deltas[0].itemsize}")
     weights = [rounded(np.array([weight], number))[0] for weight in weights]
     votes = [rounded(np.multiply(delta, weight, out=delta)) for delta, weight in zip(deltas, weights, strict=True)]
     elected = rounded(sum(votes[1:], start=votes[0])) if len(votes) > 1 else votes[0].copy()
+    if len(votes) > 1 and exact:
+        magnitude = np.abs(votes[0])
+        for vote in votes[1:]:
+            magnitude += np.abs(vote)
+        magnitude *= number(TIE)
+        elected += magnitude  # a tie, and what rounding left of one, is +
     elected = elected.view(integer)
     elected &= np.iinfo(integer).min  # its sign bit
     zeros, conflict = np.zeros_like(votes[0]), np.zeros(votes[0].shape, bool)
@@ -178,84 +106,14 @@ def elect(
     return total if scale == 1 else rounded(total * number(scale)), int(np.count_nonzero(conflict))
 
 
-class Bracket:
-    """The k-th largest magnitude in one reading: counts what is above a bracket and keeps what is within.
-
-    A `sample` of the magnitudes sets the bracket; `size` is the whole tensor's.
-    """
-
-    def __init__(self, sample: np.ndarray, k: int, size: int):
-        self.k, sample = k, np.sort(sample)
-        rank, margin = len(sample) * (1 - k / size), 0.008 * len(sample)  # four standard errors of a sample of 65,536
-        self.low = sample[max(0, int(rank - margin))]
-        self.high = sample[min(len(sample) - 1, int(rank + margin))]
-        self.above = self.at_high = self.at_low = 0
-        self.within: list[np.ndarray] = []
-
-    def add(self, piece: np.ndarray) -> None:
-        self.above += np.count_nonzero(piece > self.high)
-        self.at_high += np.count_nonzero(piece == self.high)
-        self.at_low += np.count_nonzero(piece == self.low)
-        inside = piece > self.low
-        inside &= piece < self.high
-        self.within.append(piece.compress(inside))
-
-    def threshold(self) -> tuple[float, int] | None:
-        """The k-th largest magnitude and how many of those equal to it stay; None if it is not in the bracket."""
-        left = self.k - self.above
-        if 0 < left <= self.at_high:
-            return float(self.high), left
-        left -= self.at_high
-        within = np.concatenate(self.within)
-        if 0 < left <= within.size:
-            place = within.size - left
-            within.partition(place)
-            return float(within[place]), left - int(np.count_nonzero(within > within[place]))
-        left -= within.size
-        return (float(self.low), left) if self.low < self.high and 0 < left <= self.at_low else None
-
-
-def radix_select(magnitudes: Callable[[], Iterator[np.ndarray]], k: int) -> tuple[float, int]:
-    """The k-th largest magnitude and how many of those equal to it stay, whatever the values.
-
-    The bits of a positive float order as integers, and each reading of the tensor settles 16 of them.
-    """
-    left, prefix = k, 0
-    width = next(magnitudes()).itemsize * 8
-    unsigned = np.dtype(f"u{width // 8}")
-    for shift in range(width - 16, -1, -16):
-        counts = np.zeros(1 << 16, np.int64)
-        for piece in magnitudes():
-            bits = piece.view(unsigned)
-            if shift < width - 16:
-                bits = bits[bits >> (shift + 16) == prefix] & (1 << (shift + 16)) - 1
-            counts += np.bincount((bits >> shift).astype(np.intp), minlength=1 << 16)
-        digit = 0xFFFF - int(np.searchsorted(np.cumsum(counts[::-1]), left))
-        left -= int(counts[digit + 1 :].sum())
-        prefix = prefix << 16 | digit
-    return float(np.array([prefix], unsigned).view(f"f{width // 8}")[0]), left
-
-
-class Trim:
-    """Masks of one model's deltas, piece after piece: the largest, and of those equal to the threshold the first."""
-
-    def __init__(self, threshold: float, ties: int):
-        self.threshold, self.ties = threshold, ties
-
-    def __call__(self, delta: np.ndarray) -> np.ndarray:
-        magnitude = np.abs(delta)
-        keep = magnitude > self.threshold
-        if self.ties:
-            equal = magnitude == self.threshold
-            count = np.count_nonzero(equal)
-            if count > self.ties:
-                equal[np.flatnonzero(equal)[self.ties :]] = False
-            keep |= equal
-            self.ties -= min(count, self.ties)
-        return keep
-
-
 # --- one tensor, streamed
+
+
+def copy_tensor(entry, write: Callable[[np.ndarray], None]) -> dict:
+    """A buffer, as it is stored in the first model."""
+    for bits in read_bits(entry.file, STORAGE[entry.dtype], entry.offset, entry.size):
+        write(bits)
+    return {"size": entry.size, "copied": True}
 
 
 def merge_tensor(
@@ -265,47 +123,126 @@ def merge_tensor(
     recipe: Recipe,
     dtype: str,
     write: Callable[[np.ndarray], None],
+    reference: Checkpoint | None = None,
 ) -> dict:
     """Merge one tensor, `write` its encoded pieces, and return what became of it.
 
     The record: `size`, `inner` (inner products of the inputs, or of their deltas from the base, and last of what they
-    became, before it is rounded), `linear` (SLERP fell back), `conflicts` (values whose kept votes disagree in sign).
+    became, before it is rounded), `linear` (SLERP fell back), `conflicts` (values whose kept votes disagree in sign),
+    and of one piece in `FITTED` what was stored: `fit`, the inner products of the models' deltas (from the base, from
+    `reference`, or else from the first model) and last of the stored values', `looked` at values, and how many are
+    `equal` to the first model's bit for bit; `shares`, the weights that were asked for.
     """
     sources = [*models, base] if base else models
     float32 = dtype == "F32" or any(source.entries[name].dtype == "F32" for source in sources)
-    work = np.float64 if float32 and recipe.rounding == "once" else np.float32
-    rounded = (lambda x: decode(encode(x, dtype), dtype)) if recipe.rounding == "mergekit" else (lambda x: x)
-    weights = recipe.weights_of(name)
-    record = {"size": models[0].entries[name].size}
+    exact = recipe.rounding != "mergekit"
+    work = np.float64 if float32 and exact else np.float32
+    rounded = (lambda x: x) if exact else (lambda x: decode(encode(x, dtype), dtype))
+    chance = np.random.default_rng([recipe.seed, zlib.crc32(name.encode()), 1 << 20])
+    store = encode if recipe.rounding != "stochastic" else lambda x, kind: encode_at_random(x, kind, chance)
+    weights, shares = recipe.weights_of(name), recipe.shares_of(name)
+    record = {"size": models[0].entries[name].size, "shares": shares}
     inner, finite = np.zeros((len(models) + 1, len(models) + 1)), True
 
-    if base:
+    whole = 1.0  # how much of a common origin the output has
+    if base and recipe.method in ("ties", "dare_ties"):
         combine = ties_combiner(name, models, base, recipe, work, rounded, record, inner)
-    elif recipe.method == "slerp":
+    elif base:
+        combine = delta_combiner(name, models, base, recipe, work, rounded, record, inner)
+    elif recipe.method in ("slerp", "nuslerp"):
         for pair in zip(*(model.read(name, work) for model in models), strict=True):
             add_inner_products(inner, pair)
-        *factors, record["linear"] = slerp_coefficients(inner[:2, :2], weights[1] / sum(weights))
-        combine = lambda pieces: weighted_sum(pieces, factors)
+        threshold = 0.9995 if recipe.method == "slerp" else 1 - 1e-15
+        *factors, record["linear"] = slerp_coefficients(inner[:2, :2], shares[1], threshold)
+        combine, whole = (lambda pieces: weighted_sum(pieces, factors)), sum(factors)
     else:
-        total = sum(weights) if recipe.normalize else 1.0
-        factors = [weight / total for weight in weights]
+        factors, whole = shares, sum(shares)
 
         def combine(pieces):
             add_inner_products(inner, pieces)
-            if recipe.rounding == "mergekit":
+            if not exact:
                 return fused_sum(pieces, weights) / (sum(map(work, weights)) if recipe.normalize else work(1))
             return weighted_sum(pieces, factors)
 
-    for pieces in zip(*(source.read(name, work) for source in sources), strict=True):
-        stored = encode(combine(pieces), dtype)
+    fit = Fit(len(models) - (0 if base or reference else 1))
+    origins = reference.read(name, work) if reference and not base else None
+    for index, pieces in enumerate(zip(*(source.read(name, work) for source in sources), strict=True)):
+        origin = next(origins) if origins else None
+        seen = [piece.copy() for piece in pieces] if index % FITTED == 0 else None
+        stored = store(combine(list(pieces)), dtype)
         finite = finite and all_finite(stored, dtype)
         write(stored)
+        if seen:
+            fit.add(seen[: len(models)], seen[-1] if base else origin, stored, dtype, whole)
     if not finite:
         raise ValueError(f"{name}: the merged values leave the range of {dtype}; take another --dtype or other weights")
     if not base:  # the output is a sum of the inputs, and so are its inner products
         inner[-1] = [*factors, 0] @ inner
         inner[:, -1] = inner @ [*factors, 0]
-    return {**record, "inner": inner.tolist()}
+    return {**record, **fit.record(), "inner": inner.tolist()}
+
+
+class Fit:
+    """What was stored, on some pieces: inner products of deltas with the stored values', values equal to the first."""
+
+    def __init__(self, count: int):
+        self.products, self.equal, self.looked = np.zeros((count + 1, count + 1)), 0, 0
+
+    def add(self, models: list, origin: np.ndarray | None, stored: np.ndarray, dtype: str, whole: float) -> None:
+        """`origin` None: the first model is the origin. `whole`: how much of it the output has."""
+        self.equal += int(np.count_nonzero(stored == encode(models[0], dtype)))
+        self.looked += stored.size
+        work = models[0].dtype
+        if origin is None:
+            origin, models = models[0], models[1:]
+        vectors = [np.subtract(model, origin) for model in models]
+        values = decode(stored, dtype, work.type)
+        values -= origin if whole == 1 else origin * work.type(whole)
+        add_inner_products(self.products, [*vectors, values])
+
+    def record(self) -> dict:
+        return {"fit": self.products.tolist(), "equal": self.equal, "looked": self.looked}
+
+
+def delta_combiner(name, models, base, recipe, work, rounded, record, inner):
+    """The function that adds a sum of deltas to the base: task arithmetic, or SLERP of two task vectors."""
+    factors = recipe.shares_of(name)
+    if recipe.method == "nuslerp":
+        dots = np.zeros((2, 2))
+        for *values, origin in zip(*(source.read(name, work) for source in (*models, base)), strict=True):
+            add_inner_products(dots, [np.subtract(value, origin, out=value) for value in values])
+        *factors, record["linear"] = slerp_coefficients(dots, factors[1], 1 - 1e-15)
+    elif recipe.normalize:
+        total = sum(factors)
+        factors = [factor / (total if abs(total) >= 1e-8 else 1) for factor in factors]
+
+    def combine(pieces):
+        *values, origin = pieces
+        deltas = [rounded(np.subtract(value, origin, out=value)) for value in values]
+        if recipe.rounding == "mergekit" and recipe.method == "task_arithmetic":
+            weights = recipe.weights_of(name)
+            stored = [rounded(np.array([weight], work))[0] for weight in weights]
+            kept = [rounded(delta * weight) for delta, weight in zip(deltas, stored, strict=True)]
+            added = rounded(sum(kept[1:], start=kept[0].copy()))
+            if recipe.normalize:
+                total = rounded(np.array([sum(stored)], work))[0]
+                added = rounded(added / (total if abs(total) >= 1e-8 else work(1)))
+        else:
+            added = weighted_sum([delta.copy() for delta in deltas], factors)
+        if recipe.scale != 1:
+            added = rounded(added * work(recipe.scale))
+        add_inner_products(inner, [*deltas, added])
+        added += origin
+        return added
+
+    return combine
+
+
+def dare_mask(name: str, index: int, size: int, density: float, seed: int) -> Iterator[np.ndarray]:
+    """Which of the model number `index`'s deltas DARE keeps, in pieces as a checkpoint reads them: seeded."""
+    random = np.random.default_rng([seed, zlib.crc32(name.encode()), index])
+    for start in range(0, size, PIECE):
+        yield random.random(min(PIECE, size - start), np.float32) < density
 
 
 def ties_combiner(name, models, base, recipe, work, rounded, record, inner):
@@ -319,20 +256,23 @@ def ties_combiner(name, models, base, recipe, work, rounded, record, inner):
             deltas = [rounded(np.subtract(value, origin, out=value)) for value in values]
             yield [np.abs(delta, out=delta) for delta in deltas]
 
-    def dropout(index: int, density: float) -> Callable[[np.ndarray], np.ndarray]:
-        random = np.random.default_rng([recipe.seed, zlib.crc32(name.encode()), index])
-        return lambda delta: (random.random(delta.size, np.float32) < density) / work(density)
-
-    size, trims = record["size"], [None] * len(models)
-    thin = [index for index, density in enumerate(recipe.density) if density < 1 and size]
+    size, trims, densities = record["size"], [None] * len(models), recipe.density_of(name)
+    thin = [index for index, density in enumerate(densities) if density < 1 and size]
     if recipe.method == "dare_ties":
         for index in thin:
-            trims[index] = dropout(index, recipe.density[index])
+            masks = [dare_mask(name, index, size, densities[index], recipe.seed) for _ in range(2)]
+            total = kept = 0.0
+            for (piece,), stays in zip(magnitudes(models[index]), masks[0], strict=True):
+                total += float(piece.sum(dtype=np.float64))
+                kept += float(piece.sum(dtype=np.float64, where=stays))
+            sums = rounded(np.array([total, kept], work))
+            factor = rounded(sums[:1] / sums[1:])[0] if min(total, kept) >= 1e-7 else work(1)
+            trims[index] = lambda delta, left=masks[1], factor=factor: next(left) * factor
     elif thin:
         brackets = []
         for index in thin:
             sample = np.abs(rounded(models[index].sample(name, work) - base.sample(name, work)))
-            brackets.append(Bracket(sample, max(1, int(recipe.density[index] * size)), size))
+            brackets.append(Bracket(sample, max(1, int(densities[index] * size)), size))
         for pieces in magnitudes(*(models[index] for index in thin)):
             for bracket, piece in zip(brackets, pieces, strict=True):
                 bracket.add(piece)
@@ -340,12 +280,15 @@ def ties_combiner(name, models, base, recipe, work, rounded, record, inner):
             again = lambda index=index: (piece for (piece,) in magnitudes(models[index]))
             trims[index] = Trim(*(bracket.threshold() or radix_select(again, bracket.k)))
     weights, record["conflicts"] = recipe.weights_of(name), 0
+    exact = recipe.rounding != "mergekit"
 
     def combine(pieces):
         *values, origin = pieces
         deltas = [rounded(np.subtract(value, origin, out=value)) for value in values]
-        kept = [delta * trim(delta) if trim else delta.copy() for delta, trim in zip(deltas, trims, strict=True)]
-        added, conflicts = elect(kept, weights, recipe.normalize, recipe.scale, rounded)
+        kept = [
+            rounded(delta * trim(delta)) if trim else delta.copy() for delta, trim in zip(deltas, trims, strict=True)
+        ]
+        added, conflicts = elect(kept, weights, recipe.normalize, recipe.scale, rounded, exact)
         record["conflicts"] += conflicts
         add_inner_products(inner, [*deltas, added])
         added += origin
@@ -362,8 +305,14 @@ def add_inner_products(total: np.ndarray, vectors) -> None:
         total[i, i] += float(np.dot(x, x))
 
 
-def effective_weights(inner: np.ndarray) -> list[float]:
-    """Least squares of the output (last row) on the inputs: what the merge made of the weights that were asked for."""
+def effective_weights(inner: np.ndarray) -> list[float] | None:
+    """Least squares of the output (last row) on the inputs: what the merge made of the weights that were asked for.
+
+    None where two inputs are parallel, or one is zero: then nothing tells their weights apart.
+    """
+    norms = np.sqrt(np.diag(inner)[:-1])
+    if not norms.all() or any(1 - abs(cosine) < 1e-9 for cosine in cosines(inner)):
+        return None
     return np.linalg.lstsq(inner[:-1, :-1], inner[:-1, -1], rcond=1e-12)[0].tolist()
 
 

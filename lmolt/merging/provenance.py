@@ -1,37 +1,123 @@
 """What a merge came out as: merge.json, the model card, the table on the screen, the figure by layer."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 import numpy as np
+import yaml
 
-from lmolt.card import front_matter, usage
+from lmolt.card import as_table, front_matter, usage
+from lmolt.merging.checkpoints import Checkpoint
 from lmolt.merging.methods import cosines, effective_weights
 
 
-def summarise(records: list[dict]) -> dict:
-    """Totals and per-tensor figures of a merge; `records` are merge_tensor's (see there)."""
-    inner = [np.array(record["inner"]) for record in records]
+def summarise(records: list[dict], dtype: str, origin: str | None) -> dict:
+    """Totals and per-tensor figures of a merge; `records` are merge_tensor's and copy_tensor's (see there).
+
+    `effective_weights` are the least-squares fit of the *stored* values, as deltas from `origin` (the base; None: from
+    the first model); `unrounded_weights` of what was worked out, where the method makes something else of the weights
+    than what was asked for; None where the models are equal, and nothing tells their weights apart.
+    """
+    merged = [record for record in records if "inner" in record]
+    count = len(merged[0]["shares"])
+    tensors, sums, wanted = {}, np.zeros_like(np.array(merged[0]["fit"])), 0.0
+    for record in merged:
+        fit, inner, share = np.array(record["fit"]), np.array(record["inner"]), np.array(record["shares"])
+        sums += fit
+        wanted = wanted + fit[:-1, :-1] @ share[count - len(fit) + 1 :]
+        row = {
+            "asked": record["shares"],
+            "effective_weights": complete(effective_weights(fit), share),
+            "equal_to_first": record["equal"] / max(1, record["looked"]),
+            "cosines": cosines(inner),
+        }
+        if "conflicts" in record:
+            row["unrounded_weights"] = effective_weights(inner)
+            row["sign_conflict_share"] = record["conflicts"] / max(1, record["size"])
+        if "linear" in record:
+            row["treated_as_linear"] = record["linear"]
+        tensors[record["tensor"]] = row
+    everything = sum(np.array(record["inner"]) for record in merged)
+    mean = np.average([record["shares"] for record in merged], axis=0, weights=[r["size"] + 1e-9 for r in merged])
+    asked_fit = sums.copy()
+    asked_fit[-1, :-1] = asked_fit[:-1, -1] = wanted
     total = {
         "tensors": len(records),
         "values": sum(record["size"] for record in records),
-        "effective_weights": effective_weights(sum(inner)),
-        "cosines": cosines(sum(inner)),
+        "asked_weights": complete(effective_weights(asked_fit), mean) or mean.tolist(),
+        "effective_weights": complete(effective_weights(sums), mean),
+        "fitted_as": f"deltas from {origin or 'the first model'}, stored as {dtype}",
+        "equal_to_first": sum(r["equal"] for r in merged) / max(1, sum(r["looked"] for r in merged)),
+        "cosines": cosines(everything),
     }
-    if "linear" in records[0]:
-        total["slerp_tensors_treated_as_linear"] = sum(record["linear"] for record in records)
-    if "conflicts" in records[0]:
-        total["sign_conflict_share"] = sum(record["conflicts"] for record in records) / max(1, total["values"])
-    tensors = {}
-    for record, products in zip(records, inner, strict=True):
-        row = {"effective_weights": effective_weights(products), "cosines": cosines(products)}
-        if "linear" in record:
-            row["treated_as_linear"] = record["linear"]
-        if "conflicts" in record:
-            row["sign_conflict_share"] = record["conflicts"] / max(1, record["size"])
-        tensors[record["tensor"]] = row
+    if copied := len(records) - len(merged):
+        total["buffers_copied_from_the_first"] = copied
+    if "linear" in merged[0]:
+        total["slerp_tensors_treated_as_linear"] = sum(record["linear"] for record in merged)
+    if "conflicts" in merged[0]:
+        total["unrounded_weights"] = effective_weights(everything)
+        total["sign_conflict_share"] = sum(record["conflicts"] for record in merged) / max(1, total["values"])
     return {"total": total, "tensors": tensors}
+
+
+def known_base(models: list[Checkpoint]) -> tuple[str | None, Checkpoint | None]:
+    """The base that all models' cards name, if it is a folder here or in the Hub's cache, and has their tensors."""
+    names = {_card_base(model.folder) for model in models}
+    if len(names) != 1 or None in names:
+        return None, None
+    (name,) = names
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub")
+    folders = [Path(name), *(cache.expanduser() / f"models--{name.replace('/', '--')}" / "snapshots").glob("*")]
+    for folder in folders:
+        try:
+            base = Checkpoint(folder)
+        except (ValueError, OSError):
+            continue
+        shapes = [{name: entry.shape for name, entry in source.entries.items()} for source in (base, models[0])]
+        if shapes[0] == shapes[1]:
+            return name, base
+    return None, None
+
+
+def _card_base(folder: Path) -> str | None:
+    """`base_model` of a card that names one."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        base = yaml.safe_load(text.split("---")[1])["base_model"]
+    except (OSError, ValueError, IndexError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    base = base[0] if isinstance(base, list) and len(base) == 1 else base
+    return base if isinstance(base, str) and base else None
+
+
+def complete(fitted: list[float] | None, shares: np.ndarray) -> list[float] | None:
+    """All weights: where the first model was the origin, its weight is what the others leave of the sum."""
+    if fitted is None or len(fitted) == len(shares):
+        return fitted
+    return [float(sum(shares) - sum(fitted)), *fitted]
+
+
+def warnings(lineage: dict) -> list[str]:
+    """What became of the weights, where that is more than 10 % off what was asked for, and the cure."""
+    total, said = lineage["total"], []
+    asked, stored = total["asked_weights"], total["effective_weights"]
+    if stored is None:
+        return ["the models don't differ: nothing tells their weights apart"]
+    off = lambda one, other: any(abs(x - y) > 0.1 * abs(y) + 1e-6 for x, y in zip(one, other, strict=True))
+    exact = total.get("unrounded_weights") or asked
+    if off(exact, asked):
+        said.append(
+            f"asked for {ratio(asked)}, and {lineage['arguments']['method']} makes {ratio(exact)} of it: trimming, "
+            "votes and normalisation (docs/merging.md)"
+        )
+    if off(stored, exact):
+        said.append(
+            f"rounding left {ratio(stored)} of {ratio(exact)} ({total['fitted_as']}): {total['equal_to_first']:.0%} of "
+            "the values equal the first model's. --dtype float32 keeps the ratio, --rounding stochastic on average"
+        )
+    return said
 
 
 def summarise_fold(records: list[dict]) -> dict:
@@ -52,17 +138,22 @@ def ratio(weights: list[float]) -> str:
 
 def table(lineage: dict) -> str:
     """The totals, and the asked-for weights beside what they became, as a Markdown table."""
-    total, asked = lineage["total"], lineage["arguments"].get("weights")
+    total = lineage["total"]
     rows = {"tensors, values": f"{total['tensors']}, {total['values']:,}"}
-    if asked:
+    if "asked_weights" in total:
+        stored = total["effective_weights"]
+        rows["weights asked for"] = ratio(total["asked_weights"])
+        if total.get("unrounded_weights"):
+            rows["before rounding"] = ratio(total["unrounded_weights"])
+        rows[f"effective weights ({total['fitted_as']})"] = ratio(stored) if stored else "the models don't differ"
+        rows["values equal to the first model's, bit for bit"] = f"{total['equal_to_first']:.1%}"
         of = "deltas from the base" if lineage["arguments"]["base"] else "models"
-        rows["weights asked for"] = ratio(asked)
-        rows[f"effective weights of the {of}"] = ratio(total["effective_weights"])
         rows[f"cosine between the {of}"] = ", ".join(f"{cosine:.4f}" for cosine in total["cosines"])
+    shown = ("tensors", "values", "asked_weights", "effective_weights", "unrounded_weights", "fitted_as", "cosines")
     for key, value in total.items():
-        if key not in ("tensors", "values", "effective_weights", "cosines"):
+        if key not in (*shown, "equal_to_first"):
             rows[key.replace("_", " ")] = f"{value:.1%}" if isinstance(value, float) else str(value)
-    return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return as_table(rows)
 
 
 def write_lineage(folder: Path, name: str, lineage: dict, *, seq2seq: bool = False) -> None:
@@ -75,6 +166,7 @@ def write_lineage(folder: Path, name: str, lineage: dict, *, seq2seq: bool = Fal
     sums = "\n".join(
         f"| `{file}` | `{digest}` |" for file, digest in {**lineage["inputs"], **lineage["outputs"]}.items()
     )
+    published = "".join(f"\nSHA-256 of `{name}`: `{digest}`\n" for name, digest in lineage.get("sha256", {}).items())
     versions = ", ".join(f"{package} {number}" for package, number in lineage["versions"].items())
     metadata = front_matter(
         ["merge", "molecules", "smiles", "translation"],
@@ -93,16 +185,17 @@ def write_lineage(folder: Path, name: str, lineage: dict, *, seq2seq: bool = Fal
 {usage(name, seq2seq=seq2seq)}
 {table(lineage)}
 
-Effective weights are the least-squares fit of the output on its inputs: what the merge made of the weights asked for.
+Effective weights are the least-squares fit of the stored values on the inputs' deltas: what is left of the weights
+asked for. They are fitted on one stretch of 64K values in eight.
 
 | argument | |
 |---|---|
 {command}
 
-| file | SHA-256 |
+| file | size and XXH3-128 |
 |---|---|
 {sums}
-
+{published}
 Every tensor's figures are in `merge.json`.
 """
     )
@@ -121,11 +214,11 @@ def plot(lineage: dict, file: Path) -> None:
         layers.setdefault(int(number[1]) if number else -1, []).append(row)
     x = sorted(layers)
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
-    for index, (model, asked) in enumerate(
-        zip(lineage["arguments"]["models"], lineage["arguments"]["weights"], strict=True)
-    ):
-        weights = [np.mean([row["effective_weights"][index] for row in layers[layer]]) for layer in x]
-        above.plot(x, weights, marker="o", label=f"{Path(model).name}, asked {asked:g}")
+    for index, model in enumerate(lineage["arguments"]["models"]):
+        for key, style in (("effective_weights", "o-"), ("asked", ":")):
+            known = [[row[key][index] for row in layers[layer] if row[key]] for layer in x]
+            label = Path(model).name + (", asked" if key == "asked" else "")
+            above.plot(x, [np.mean(values) if values else np.nan for values in known], style, label=label)
     above.set_ylabel("effective weight")
     above.legend()
     below.plot(

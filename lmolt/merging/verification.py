@@ -1,9 +1,8 @@
-"""Check a merged folder: SHA-256 of its files, and a sample of tensors worked out again by the plain formulas.
+"""Check a merged folder: the hashes of its files, and a sample of tensors worked out again by the plain formulas.
 
 Plain: the whole tensor at once in float64, sorted where the merge itself streams, selects and counts bits.
 """
 
-import hashlib
 import json
 import random
 import re
@@ -12,36 +11,53 @@ from pathlib import Path
 
 import numpy as np
 
-from lmolt.merging.methods import Recipe
-from lmolt.merging.safetensors_io import Checkpoint, Entry, entry_values, read_header
+from lmolt.files import content_hash
+from lmolt.merging.checkpoints import Checkpoint
+from lmolt.merging.methods import TIE, dare_mask
+from lmolt.merging.safetensors_io import Entry, entry_values, read_header
+from lmolt.merging.settings import Recipe
 
 LARGEST = 1 << 25  # values: 256 MiB in float64, of which a few copies are held
 MIDPOINT = 0.501  # units in the last place: weights like 0.95 put many values on exact midpoints
 
 
-def plain(recipe: Recipe, name: str, sources: list[Checkpoint], base: Checkpoint | None) -> np.ndarray | None:
-    """One tensor, flat, float64, as merging/methods.py's docstring writes it. None for DARE, whose mask is random."""
+def plain(recipe: Recipe, name: str, sources: list[Checkpoint], base: Checkpoint | None) -> np.ndarray:
+    """One tensor, flat, float64, as merging/methods.py's docstring writes it; DARE with the merge's own seeded mask."""
     weights, models = recipe.weights_of(name), [whole(source, name) for source in sources]
     if recipe.method == "linear":
         return sum(w * x for w, x in zip(weights, models, strict=True)) / (sum(weights) if recipe.normalize else 1)
-    if recipe.method == "slerp":
-        t, (x0, x1) = weights[1] / sum(weights), models
+    if recipe.method in ("slerp", "nuslerp"):
+        origin = whole(base, name) if base else 0.0
+        t, (x0, x1) = weights[1] / sum(weights), [x - origin for x in models]
         norms = [norm if norm > 1e-8 else 1 for norm in (np.linalg.norm(x0), np.linalg.norm(x1))]
         cosine = np.clip(x0 @ x1 / norms[0] / norms[1], -1, 1)
-        if abs(cosine) > 0.9995:
-            return (1 - t) * x0 + t * x1
-        theta = np.arccos(cosine)
-        return (np.sin((1 - t) * theta) * x0 + np.sin(t * theta) * x1) / np.sin(theta)
-    if recipe.method == "dare_ties":
-        return None
+        if abs(cosine) > (0.9995 if recipe.method == "slerp" else 1 - 1e-15):
+            mixed = (1 - t) * x0 + t * x1
+        else:
+            theta = np.arccos(cosine)
+            mixed = (np.sin((1 - t) * theta) * x0 + np.sin(t * theta) * x1) / np.sin(theta)
+        return origin + (recipe.scale if base else 1) * mixed
     votes, origin = [], whole(base, name)
-    for x, w, density in zip(models, weights, recipe.density, strict=True):
+    densities = recipe.density_of(name) or [1.0] * len(models)
+    for index, (x, w, density) in enumerate(zip(models, weights, densities, strict=True)):
         delta = x - origin
-        first = np.argsort(-np.abs(delta), kind="stable")[: max(1, int(density * delta.size))]
         kept = np.zeros_like(delta)
-        kept[first] = delta[first]
+        if recipe.method == "task_arithmetic" or density == 1:
+            kept = delta
+        elif recipe.method == "dare_ties":
+            kept[:] = delta * np.concatenate([*dare_mask(name, index, delta.size, density, recipe.seed)])
+            kept *= np.abs(delta).sum() / max(np.abs(kept).sum(), 1e-300)
+        else:
+            first = np.argsort(-np.abs(delta), kind="stable")[: max(1, int(density * delta.size))]
+            kept[first] = delta[first]
         votes.append(w * kept)
-    elected = np.where(sum(votes) >= 0, 1, -1)
+    if recipe.method == "task_arithmetic":
+        total = sum(votes)
+        if recipe.normalize and abs(sum(weights)) >= 1e-8:
+            total = total / sum(weights)
+        return origin + recipe.scale * total
+    tie = -TIE * sum(np.abs(vote) for vote in votes) if len(votes) > 1 else 0
+    elected = np.where(sum(votes) >= tie, 1, -1)
     masks = [np.sign(vote) == elected for vote in votes]
     total = sum(vote * mask for vote, mask in zip(votes, masks, strict=True))
     if recipe.normalize:
@@ -164,30 +180,24 @@ def units_apart(values: np.ndarray, exact: np.ndarray, dtype: str) -> np.ndarray
     return np.ldexp(np.abs(values - exact), -exponent)
 
 
-def verify(
-    folder: Path, lineage: dict, formula: Callable[[str], np.ndarray | None], count: int = 8, seed: int = 0
-) -> dict[str, float]:
-    """Compare `folder`'s files with their SHA-256 in `lineage`, and `count` tensors with `formula(name)`.
+def verify(folder: Path, lineage: dict, formula: Callable[[str], np.ndarray], count: int = 8) -> dict[str, float]:
+    """Compare `folder`'s files with their hashes in `lineage`, and `count` tensors with `formula(name)`.
 
-    Returns the share of each such tensor's values that lie more than half a unit in the last place off.
-    `ValueError` where a file or more than 0.1 % of a tensor's values differ (10 % if rounded after every step).
+    Returns the share of each such tensor's values that lie more than half a unit in the last place off (a unit, if they
+    were rounded by chance). `ValueError` where a file or more than 0.1 % of a tensor's values differ (10 % if rounded
+    after every step).
     """
     for name, digest in lineage["outputs"].items():
-        with (folder / name).open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
-                raise ValueError(f"{folder / name} is not what was written (its SHA-256 differs); merge again")
-    merged = Checkpoint(folder)
-    allowed = 0.1 if lineage["arguments"]["rounding"] == "mergekit" else 0.001
+        if content_hash(folder / name, remember=False) != digest:
+            raise ValueError(f"{folder / name} is not what was written (its XXH3-128 differs); merge again")
+    merged, rounding = Checkpoint(folder), lineage["arguments"]["rounding"]
+    allowed = 0.1 if rounding == "mergekit" else 0.001
     folded = bool(lineage["arguments"]["adapter"])
     small = sorted(name for name, entry in merged.entries.items() if 0 < entry.size <= LARGEST)
     shares = {}
-    for name in random.Random(seed).sample(small, min(count, len(small))):
-        exact = formula(name)
-        if exact is None:
-            continue
-        values = whole(merged, name)
-        dtype = merged.entries[name].dtype
-        units = 1.001 if folded else MIDPOINT  # what PEFT merges is rounded already
+    for name in random.Random(0).sample(small, min(count, len(small))):
+        exact, values, dtype = formula(name), whole(merged, name), merged.entries[name].dtype
+        units = 1.001 if folded or rounding == "stochastic" else MIDPOINT  # what PEFT merges is rounded already
         off = units_apart(values, exact, dtype) > units
         shares[name] = float(off.mean())
         if shares[name] > allowed:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lmolt.merging.safetensors_io import find_folder
+from lmolt.merging.checkpoints import find_folder
 from lmolt.models.attention import TREE
 
 NAMES = {  # InternLM2's: Llama's
