@@ -223,7 +223,7 @@ def test_one_molecule_in_two_spellings_is_one_candidate():
 
 
 def test_each_rank_has_its_order():
-    rows = [("a", -4.0, 2, -9.0, 1), ("b", -5.0, 5, -7.0, 3), ("c", -4.5, 3, -7.9, 1), ("d", float("nan"), 9, None, 2)]
+    rows = [("a", -4.0, 2, -9.0, 1), ("b", -5.0, 5, -7.0, 3), ("c", -4.5, 3, -7.9, 1), ("d", None, 9, None, 2)]
 
     def best(rank, weight=1.0):
         made = [

@@ -173,7 +173,9 @@ def spell(merged: dict[str, list[tuple[Candidate, list[str]]]], scores: dict) ->
     for source, found in merged.items():
         for candidate, spellings in found:
             candidate.output = max(spellings, key=lambda text, source=source: scores[source, text][0])
-            candidate.logp, candidate.tokens = scores[source, candidate.output]
+            logp, tokens = scores[source, candidate.output]
+            if not math.isnan(logp):  # else over the model's positions, or a server's that tells none
+                candidate.logp, candidate.tokens = logp, tokens
     return {source: [candidate for candidate, _ in found] for source, found in merged.items()}
 
 
@@ -181,13 +183,12 @@ def order(candidates: list[Candidate], rank: str, channel_weight: float) -> list
     """Best first, numbered from 1: valid ones before others, each by `rank`; what has no score comes last."""
 
     def value(c: Candidate) -> tuple:
-        logp = -math.inf if c.logp is None or math.isnan(c.logp) else c.logp
+        logp = -math.inf if c.logp is None else c.logp
         match rank:
             case "mean_logp":
                 scores = (logp / (c.tokens or 1),)
             case "channel":
-                back = c.reverse_logp
-                scores = (-math.inf if back is None or math.isnan(back) else logp + channel_weight * back, logp)
+                scores = (-math.inf if c.reverse_logp is None else logp + channel_weight * c.reverse_logp, logp)
             case "votes":
                 scores = (c.count, logp)
             case _:

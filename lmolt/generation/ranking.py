@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from lmolt.generation.journal import Journal, read_journal
+from lmolt.generation.server import Server
 from lmolt.generation.translate import identity, process_state
 from lmolt.models.attention import TREE
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
@@ -49,8 +50,12 @@ def score(
     """log p(output | prompt) of each (prompt, output), on every process; equal pairs are scored once.
 
     `journal` and `progress` as `translate`'s. `ValueError` where a model that takes the tree's mask scores otherwise
-    with it than row by row, and where the tokenizer has no end token.
+    with it than row by row, and where the tokenizer has no end token. A server tells what it told as it translated: NaN
+    where it told nothing.
     """
+    if isinstance(model, Server):
+        unknown = (float("nan"), 0)
+        return [Score(*model.scores.get(pair, unknown)) for pair in pairs]
     state, distinct = process_state(), list(dict.fromkeys(pairs))
     seq2seq = model.config.is_encoder_decoder
     encode = (lambda prompt: tokenizer(prompt)["input_ids"]) if seq2seq else (lambda p: encode_prompt(tokenizer, p))
@@ -59,7 +64,7 @@ def score(
     limit = None if seq2seq else getattr(model.config, "max_position_embeddings", None)
     over = {pair for pair, row in rows.items() if limit is not None and sum(map(len, row)) > limit}
     scores = {pair: Score(float("nan"), len(rows[pair][1])) for pair in over}
-    of_model = identity(model)
+    of_model = identity(model, tokenizer) if journal else ""
     keys = {hashlib.sha256(repr(("logp", of_model, pair)).encode()).hexdigest()[:32]: pair for pair in rows}
     recorded = {keys[key]: Score(*made) for key, made in read_journal(journal).items() if key in keys}
     state.wait_for_everyone()  # no process writes to the journal before all have read it

@@ -26,9 +26,12 @@ class System(NamedTuple):
     keep: str = "all"
     trust_remote_code: bool = False
     recipe: str | None = None
+    server: dict | None = None  # what generation/server.py's Server takes; models are then names there
 
     @property
     def needs(self) -> str:
+        if self.server:
+            return f"{self.name} is served at {self.server['url']}; its weights are unknown here"
         memory = f"about {2 * self.parameters / 1e9:.1f} GB of memory in bfloat16"
         flag = ", the flag --trust_remote_code" if self.trust_remote_code else ""
         disk = self.download * len(set(self.models.values()))
@@ -56,10 +59,15 @@ def read_system(name: str, path: Path = SYSTEMS) -> System:
                 f"{where}: {direction} (or both) is {part}; write {{model: FOLDER_OR_ID, adapter: FOLDER}}"
             )
     wanted = {"architecture", "parameters", "download", "licence", "prompt"}
+    if "server" in entry:
+        from lmolt.generation.server import check_entry
+
+        check_entry(entry["server"], parts, where)
+        entry = {"architecture": "served", "parameters": 0, "download": 0, "licence": "that of the server"} | entry
     if wrong := (wanted - entry.keys()) | (entry.keys() - wanted - set(System._field_defaults)):
         raise ValueError(f"{where}: missing or unknown: {', '.join(sorted(wrong))}; the file's head has the keys")
     for key, known in {"architecture": ARCHITECTURES, "prompt": STYLES, "keep": KEEP}.items():
-        if key in entry and entry[key] not in known:
+        if key in entry and entry[key] not in known and not (key == "architecture" and "server" in entry):
             raise ValueError(f"{where}: {key} is {entry[key]!r}; use one of {', '.join(known)}")
     entry["stop"] = tuple(entry.get("stop", ()))
     models = {direction: part["model"] for direction, part in parts.items()}
@@ -79,6 +87,12 @@ def load(
 
     An output ends at each of `stop` that is one token. `ValueError` with what the system needs if it can't be loaded.
     """
+    if system.server:
+        from lmolt.generation.server import Server
+
+        if load_in_4bit:
+            raise ValueError(f"{system.name} is served: its precision is the server's")
+        return Server(**system.server, model=system.models[direction]), None
     import torch
 
     from lmolt.generation.translate import load_translator, process_state

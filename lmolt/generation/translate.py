@@ -30,6 +30,7 @@ from lmolt.generation import routes
 from lmolt.generation.decoding import Settings, beam_search, decode, end_ids, generate, not_used, read_prefix
 from lmolt.generation.journal import Journal, read_journal
 from lmolt.models.adapters import load_adapter
+from lmolt.generation.server import Server, is_server
 from lmolt.models.loading import check_model_folder, load_base, load_seq2seq, load_tokenizer
 from lmolt.models.tokenizers import Reader, tokenizer_identity
 from lmolt.prompts import build_prompt, encode_prompt
@@ -44,7 +45,14 @@ def process_state() -> PartialState:
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> tuple:
-    """A model's configuration and tokenizer, without its weights: enough to find what is wrong with a request."""
+    """A model's configuration and tokenizer, without its weights: enough to find what is wrong with a request.
+
+    A server (a URL) is asked for an answer, and has no tokenizer to give.
+    """
+    if is_server(name):
+        server = Server(name)
+        server.identity  # noqa: B018 - asks it
+        return server.config, None
     check_model_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -67,7 +75,12 @@ def load_translator(
 
     `name` is a folder or Hub id of a causal or sequence-to-sequence model, `dtype` a torch name (default: bfloat16 on a
     GPU, float32 on a CPU). `ValueError`/`FileNotFoundError` where it has no weights or is not to be found.
+    A server's URL gives a `Server` (lmolt/generation/server.py), and None for its tokenizer.
     """
+    if is_server(name):
+        if adapter is not None or load_in_4bit:
+            raise ValueError(f"{name} is a server: it has its own adapter and its own precision")
+        return Server(name), None
     device = process_state().device
     dtype = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     config, tokenizer = load_config(name, trust_remote_code)
@@ -160,6 +173,13 @@ def translate(
         raise ValueError(
             f"repetition_penalty {repetition_penalty:g} is more than 0 (1 changes nothing) and no_repeat_ngram_size "
             f"{no_repeat_ngram_size} is 0 (none) or more"
+        )
+    if isinstance(model, Server):
+        if num_beams > 1 or repetition_penalty != 1 or no_repeat_ngram_size:
+            raise ValueError(f"{model.url} is a server: beams and penalties are its own (docs/serving.md)")
+        sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        return model.translate(
+            prompts, max_new_tokens=max_new_tokens, counts=counts, journal=journal, progress=progress, **sampling
         )
     state = process_state()
     say = tqdm.write if state.is_main_process else lambda _: None
@@ -277,6 +297,8 @@ def _batches(lengths: dict[str, int], max_new_tokens: int, tokens_per_batch: int
 
 def identity(model, tokenizer=None) -> str:
     """A hash of the model's settings, of all bytes of its weights, and of the tokenizer: other outputs, other hash."""
+    if isinstance(model, Server):
+        return model.identity
     digest = xxhash.xxh3_128(repr(sorted(model.config.to_diff_dict().items(), key=lambda item: item[0])).encode())
     for name, tensor in model.state_dict().items():
         if torch.is_tensor(tensor):

@@ -9,6 +9,7 @@ The same in the shell: scripts/translate.py.
 """
 
 import itertools
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from lmolt.generation.candidates import (
     spell,
 )
 from lmolt.generation.ranking import RANKS, score
+from lmolt.generation.server import Server, is_server
 from lmolt.generation.systems import SYSTEMS, System, finish, load, read_system
 from lmolt.generation.translate import load_translator, over_limit, prompts_for, translate
 from lmolt.prompts import CAP2MOL, DIRECTIONS, build_prompt
@@ -119,6 +121,9 @@ class Translator:
         direction = direction or find_direction(sources)
         if direction not in DIRECTIONS:
             raise ValueError(f"unknown direction {direction!r}; use one of {', '.join(DIRECTIONS)}")
+        of_server = self.system.server if self.system else is_server(self.model)
+        if rank == "channel" and (is_server(self.reverse_model) if self.reverse_model else of_server):
+            raise ValueError("rank channel: a server can't score a given input; name a reverse model of this machine")
         say = lambda what: f"{direction}{what}" if progress else ""
         counts = Counter({"inputs": len(sources)})
         kept_at = None if journal is None else Path(journal) / direction
@@ -138,7 +143,10 @@ class Translator:
             raise ValueError(f"none of {len(sources)} inputs can be translated ({direction}): {why}")
 
         # --- outputs: source -> texts
-        how = {"max_new_tokens": max_new_tokens, "tokens_per_batch": tokens_per_batch, "journal": kept_at}
+        if isinstance(model, Server) and num_candidates > 1 and rank != "votes" and not model.gives_logps:
+            raise ValueError(f"{model.url} tells no log-probabilities to rank by; say rank votes")
+        how = {"max_new_tokens": max_new_tokens, "tokens_per_batch": tokens_per_batch}
+        how |= {"journal": kept_at, "counts": counts}
         texts = list(prompts.values())
         if num_beams > 1 and num_candidates > 1:
             how |= {"num_beams": num_beams, "num_return": num_candidates}
@@ -179,7 +187,7 @@ class Translator:
         for candidate, found in zip(
             valid, score(model, tokenizer, pairs, journal=journal, progress=say(", backwards")), strict=True
         ):
-            candidate.reverse_logp = found.logp
+            candidate.reverse_logp = None if math.isnan(found.logp) else found.logp
 
 
 def _check(num_candidates: int, num_beams: int, temperature: float, rank: str) -> None:
