@@ -214,7 +214,7 @@ def main(argv: list[str]) -> None:
     journal = beside(args.output)[-1]
     for direction in args.directions:
         if direction in prompts:
-            outputs, models[direction] = translations(args, direction, prompts[direction], journal)
+            outputs, models[direction] = translations(args, direction, prompts[direction], journal, counts)
         else:
             outputs = [pair[direction] for pair in pairs[direction]]
         chosen = {"choice": args.negatives, "most": args.num_rejected}
@@ -282,13 +282,14 @@ def use_demo(args: argparse.Namespace) -> None:
         setattr(args, f"{direction}_model", str(DEMO / "models" / f"t5_{direction}"))
 
 
-def translations(args: argparse.Namespace, direction: str, prompts: list[str], journal: Path):
+def translations(args: argparse.Namespace, direction: str, prompts: list[str], journal: Path, counts: Counter):
     """Each prompt's outputs, one or --num_candidates, and what made them."""
     from lmolt.generation.translate import identity, load_translator, translate
 
     name, adapter = getattr(args, f"{direction}_model"), getattr(args, f"{direction}_adapter")
     n = args.num_candidates
     model, tokenizer = load_translator(name, adapter, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    found = Counter()
     outputs = translate(
         model,
         tokenizer,
@@ -299,9 +300,11 @@ def translations(args: argparse.Namespace, direction: str, prompts: list[str], j
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
+        counts=found,
         journal=journal / direction,
         progress=f"{direction} with {adapter or name}",
     )
+    counts.update({f"{direction}: {cause.replace('_', ' ')}": n for cause, n in found.items() if n})
     made_by = {"name": name, "adapter": adapter, "weights": identity(model)}
     return [outputs[i : i + n] for i in range(0, len(outputs), n)], made_by
 

@@ -26,13 +26,12 @@ import shutil
 
 from lmolt.data.sources import INPUTS, OUTPUTS, Sources, read_sources, write_translations
 from lmolt.files import run_main
+from lmolt.generation.candidates import RANKS
 from lmolt.generation.systems import SYSTEMS
-from lmolt.ownership import hold
 from lmolt.prompts import CAP2MOL, DIRECTIONS
 from lmolt.recipes import Parser
 
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # as accelerate launch numbers them; it alone prints and writes
-RANKS = ("logp", "mean_logp", "channel", "votes")  # of lmolt/generation/ranking.py, which imports torch
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -100,12 +99,24 @@ def sources_of(args: argparse.Namespace) -> Sources:
     return read_sources(Path(args.input), args.column, args.direction)
 
 
+def take(args: argparse.Namespace) -> None:
+    """Lock --output; `ValueError` where it or its journal is an input, or isn't of this script."""
+    from lmolt import ownership
+
+    inputs = {f"--{name}": getattr(args, name) for name in ("input", "model", "adapter", "reverse_model")}
+    written = [args.output, args.output.with_name(args.output.name + ".journal")]
+    for path in written:
+        ownership.check_inputs("--output writes", path, inputs)
+    ownership.hold(args.output, beside=True)
+    ownership.check_free(args.output.parent, "translate", [path.name for path in written])
+    ownership.claim(args.output.parent, "translate", [path.name for path in written])
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     sources = sources_of(args)
     if args.output and FIRST_PROCESS:
-        args.output.parent.mkdir(parents=True, exist_ok=True)  # a place that can't be written to is found first
-        hold(args.output, beside=True)
+        take(args)
 
     from lmolt.distributed.strategy import leave_group
     from lmolt.generation.translator import Translator

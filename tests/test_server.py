@@ -23,7 +23,6 @@ from lmolt.generation.translate import load_translator, prompts_for, translate
 from lmolt.prompts import MOL2CAP
 
 KEY = "sk-a-secret-0123456789"
-BACK = {"good": "fine"}
 
 
 class Served(BaseHTTPRequestHandler):
@@ -38,8 +37,6 @@ class Served(BaseHTTPRequestHandler):
         chat = self.path.endswith("chat/completions")
         prompt = body["messages"][0]["content"] if chat else body["prompt"]
         word = next((w for w in self.server.words if w in prompt), "good")
-        if "probe" not in self.server.words and "researcher" in prompt and word == "good":
-            word = "good"
         with self.server.lock:
             self.server.asked[word] += 1
             self.server.now += 1
@@ -52,7 +49,7 @@ class Served(BaseHTTPRequestHandler):
             case "refused":
                 return self.answer(400, {"error": {"message": f"too long; key {KEY}"}})
             case "slow":
-                time.sleep(1.5)
+                return self.server.over.wait(60)
             case "busy" if nth < 3:
                 return self.answer(503, {"error": "busy"})
             case "down":
@@ -102,17 +99,19 @@ def served(monkeypatch):
     server.words += ("torn", "null", "empty")
     server.asked, server.bodies, server.logps, server.lock = Counter(), [], False, threading.Lock()
     server.now = server.most = 0
+    server.over = threading.Event()
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     yield server
+    server.over.set()
     server.shutdown()
     server.server_close()
 
 
 def test_each_failure_is_a_counted_empty_output(served, tmp_path, capsys):
-    server = Server(served.url, timeout=0.5, attempts=3, wait=0.01)
-    prompts = ["good 1", "refused", "filtered", "slow", "busy", "down", "limited", "broken", "list", "hollow", "null"]
+    server = Server(served.url, attempts=3, wait=0.01)
+    prompts = ["good 1", "refused", "filtered", "busy", "down", "limited", "broken", "list", "hollow", "null"]
     prompts += ["empty", "good 2"]
     counts = Counter()
     outputs = translate(server, None, prompts, counts=counts, journal=tmp_path, progress="asks")
@@ -125,8 +124,7 @@ def test_each_failure_is_a_counted_empty_output(served, tmp_path, capsys):
     }
     assert counts == {
         "refused by the server": 7,  # refused, filtered, down, broken, list, hollow, null
-        "timed out": 1,
-        "requests tried again": 2 + 2 + 2 + 1 + 2 + 2,  # slow, busy, down, limited, broken, list
+        "requests tried again": 2 + 2 + 1 + 2 + 2,  # busy, down, limited, broken, list
         "prompt tokens": 5 * 7,
         "completion tokens": 5 * 2,
     }
@@ -135,8 +133,15 @@ def test_each_failure_is_a_counted_empty_output(served, tmp_path, capsys):
     kept = (tmp_path / "process-0.jsonl").read_text()
     assert len(kept.splitlines()) == 5 and KEY not in kept
     before = served.asked["good"]
-    assert translate(Server(served.url, attempts=1, timeout=0.5), None, prompts, journal=tmp_path) == outputs
-    assert served.asked["good"] == before + 3 and served.asked["refused"] == 2  # the probes alone
+    assert translate(Server(served.url, attempts=1), None, prompts, journal=tmp_path) == outputs
+    assert served.asked["good"] == before + 3 and served.asked["refused"] == 2  # of those, the probes alone
+
+
+def test_an_answer_that_does_not_come_is_a_counted_empty_output(served):
+    counts = Counter()
+    server = Server(served.url, timeout=1.5, attempts=2, wait=0.01)
+    assert translate(server, None, ["good", "slow", "good 2"], counts=counts) == ["good", "", "good"]
+    assert counts["timed out"] == 1 and "refused by the server" not in counts
 
 
 def test_requests_at_once_are_bounded_and_wait_where_they_are_asked_to(served):
@@ -271,6 +276,7 @@ needed = ("fastapi", "uvicorn", "openai")
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(missing), reason=f"transformers serve needs {', '.join(missing)}")
 def test_greedy_outputs_of_transformers_serve_are_the_models_own(tiny_policy, tmp_path):
     import torch

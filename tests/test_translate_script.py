@@ -16,8 +16,8 @@ from lmolt import Translator
 from lmolt.data.sources import read_sources
 from lmolt.files import read_table, write_table
 from lmolt.generation import translator as module
-from lmolt.generation.candidates import Candidate, find_direction, merge, order, rows_of, sift, spell
-from lmolt.generation.ranking import RANKS, score
+from lmolt.generation.candidates import RANKS, Candidate, find_direction, merge, order, rows_of, sift, spell
+from lmolt.generation.ranking import score
 from lmolt.generation.translate import load_translator, prompts_for
 from lmolt.prompts import CAP2MOL, MOL2CAP
 

@@ -9,6 +9,7 @@ from lmolt.metrics.hallucination import GROUPS, groups_claimed, groups_present
 from lmolt.metrics.molecule import MAX_CHARACTERS, in_processes, parse
 from lmolt.prompts import CAP2MOL, MOL2CAP
 
+RANKS = ("logp", "mean_logp", "channel", "votes")  # ranking.py says what they are
 EMPTY, TOO_LONG = "empty", f"over {MAX_CHARACTERS:,} characters"
 NO_MOLECULE, NO_CAPTION = "RDKit can't read this molecule", "a molecule, where a caption is wanted"
 OVER = "over the model's positions"

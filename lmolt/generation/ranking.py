@@ -29,7 +29,6 @@ from lmolt.models.attention import TREE
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
 from lmolt.prompts import encode_output, encode_prompt
 
-RANKS = ("logp", "mean_logp", "channel", "votes")
 TOKENS_PER_ROW = 4096  # of the tree: its mask has this many squared
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lmolt.generation.candidates import (
     OVER,
+    RANKS,
     Candidate,
     Translations,
     find_direction,
@@ -24,7 +25,7 @@ from lmolt.generation.candidates import (
     sift,
     spell,
 )
-from lmolt.generation.ranking import RANKS, score
+from lmolt.generation.ranking import score
 from lmolt.generation.server import Server, is_server
 from lmolt.generation.systems import SYSTEMS, System, finish, load, read_system
 from lmolt.generation.translate import load_translator, over_limit, prompts_for, translate
