@@ -22,7 +22,7 @@ from lmolt.generation.translate import load_translator, prompts_for
 from lmolt.prompts import CAP2MOL, MOL2CAP
 
 script = load_script("translate")
-MOLECULES = ["CCO", "c1ccccc1", "not a molecule", "", "[Cl-].[Na+]"]
+MOLECULES = ["CCO", "c1ccccc1", "C1CC", "", "[Cl-].[Na+]", "CCO ethanol", "InChI=1S/CH4/h1H4"]
 CAPTIONS = ["The molecule is an aromatic amine.", "It has three rings."]
 
 
@@ -84,10 +84,11 @@ def test_every_kind_of_file_is_written(t5, tmp_path, suffix, capsys):
     run("--input", tmp_path / "in.txt", "--direction", MOL2CAP, "--model", t5, "--output", out)
     said = capsys.readouterr().out
     assert "3 translated" in said and "1 empty" in said and "1 RDKit can't read this molecule" in said
+    assert "1 an InChI" in said and "1 several words, where a SMILES is wanted" in said
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["in.txt", out.name]
     if suffix == "smi":
         assert [line.split("\t")[0] for line in out.read_text().splitlines()] == ["CCO", "c1ccccc1", "[Cl-].[Na+]"]
-        assert "2 rows have no molecule" in said
+        assert "4 rows have no molecule" in said
     elif suffix == "sdf":
         with Chem.SDMolSupplier(str(out)) as molecules:
             found = list(molecules)
@@ -95,10 +96,10 @@ def test_every_kind_of_file_is_written(t5, tmp_path, suffix, capsys):
         assert [m.GetProp("row") for m in found] == ["1", "2", "5"] and found[0].GetProp("output")
     else:
         rows = read_table(out)
-        assert [str(row["row"]) for row in rows] == ["1", "2", "3", "4", "5"]
-        assert [row["note"] for row in rows] == ["", "", "RDKit can't read this molecule", "empty", ""]
+        assert [str(row["row"]) for row in rows] == ["1", "2", "3", "4", "5", "6", "7"]
+        assert [row["note"] for row in rows][:5] == ["", "", "RDKit can't read this molecule", "empty", ""]
         assert rows[0]["inchikey"] == "LFQSCWFLJHTTHZ-UHFFFAOYSA-N" and float(rows[0]["logp"]) < 0
-        assert [row["rank"] in (None, "") for row in rows] == [False, False, True, True, False]
+        assert [row["rank"] in (None, "") for row in rows] == [False, False, True, True, False, True, True]
 
 
 def test_what_is_printed(t5, capsys, monkeypatch):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from lmolt.data.pairs import NAMES
 from lmolt.files import read_table, read_text, write_table, write_whole
+from lmolt.metrics.workers import Unfinished, in_processes
 from lmolt.prompts import CAP2MOL, MOL2CAP
 
 INPUTS = (".txt", ".csv", ".tsv", ".jsonl", ".parquet", ".smi", ".sdf")
@@ -80,8 +81,6 @@ def _from_smi(path: Path) -> Sources:
 
 
 def _from_sdf(path: Path) -> Sources:
-    from rdkit import Chem, rdBase
-
     records, record = [], []
     for line in _lines(read_text(path)):
         if line.strip() == "$$$$":
@@ -91,13 +90,16 @@ def _from_sdf(path: Path) -> Sources:
             record.append(line)
     if any(line.strip() for line in record):  # the last one's end is missing
         records.append(record)
-    texts, ids = [], []
-    with rdBase.BlockLogs():
-        for record in records:
-            molecule = Chem.MolFromMolBlock("\n".join(record))
-            texts.append("" if molecule is None else Chem.MolToSmiles(molecule))
-            ids.append(record[0].strip() if record else "")
-    return Sources(texts, ids, MOL2CAP)
+    found = in_processes(_of_block, ["\n".join(record) for record in records])
+    texts = ["" if text is None or isinstance(text, Unfinished) else text for text in found]
+    return Sources(texts, [record[0].strip() if record else "" for record in records], MOL2CAP)
+
+
+def _of_block(block: str) -> str | None:
+    from rdkit import Chem
+
+    molecule = Chem.MolFromMolBlock(block)
+    return molecule and Chem.MolToSmiles(molecule)
 
 
 def write_translations(rows: list[dict], path: Path) -> int:

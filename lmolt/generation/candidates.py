@@ -6,11 +6,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 
 from lmolt.metrics.hallucination import GROUPS, groups_claimed, groups_present
-from lmolt.metrics.molecule import MAX_CHARACTERS, in_processes, parse
+from lmolt.metrics.smiles import ODDITIES, oddity, parse
+from lmolt.metrics.workers import Unfinished, in_processes
 from lmolt.prompts import CAP2MOL, MOL2CAP
 
 RANKS = ("logp", "mean_logp", "channel", "votes")  # ranking.py says what they are
-EMPTY, TOO_LONG = "empty", f"over {MAX_CHARACTERS:,} characters"
+LONGEST = 20_000  # characters of an input
+EMPTY, TOO_LONG = "empty", f"over {LONGEST:,} characters"
+WORDS = "several words, where a SMILES is wanted"
 NO_MOLECULE, NO_CAPTION = "RDKit can't read this molecule", "a molecule, where a caption is wanted"
 OVER = "over the model's positions"
 NONE_VALID = "no valid candidate"
@@ -66,7 +69,7 @@ def find_direction(sources: list[str]) -> str:
     asked = [source.strip() for source in sources if isinstance(source, str) and source.strip()][:1000]
     words = [len(source.split()) for source in asked]
     one = [source for source, n in zip(asked, words, strict=True) if n == 1]
-    molecules = sum(facts is not None for facts in in_processes(_facts, [(source, False) for source in one]))
+    molecules = sum(facts is not None for facts in _read(one, False).values())
     captions = sum(n > 2 for n in words)
     if molecules and not captions and 2 * molecules >= len(asked):
         return MOL2CAP
@@ -79,18 +82,22 @@ def find_direction(sources: list[str]) -> str:
     )
 
 
-def _facts(job: tuple[str, bool]) -> dict | None:
-    """Canonical SMILES, InChIKey and, where asked for, properties of a molecule; None for what is none."""
+def _read(texts: list[str], properties: bool) -> dict[str, dict | None]:
+    """Canonical SMILES, InChIKey and, where asked for, properties of each text that is a molecule, and nothing else."""
+    found = in_processes(_facts_and_properties if properties else _facts, texts)
+    return {text: None if isinstance(of, Unfinished) else of for text, of in zip(texts, found, strict=True)}
+
+
+def _facts(text: str) -> dict | None:
     from rdkit import Chem
 
-    text, with_properties = job
-    molecule = parse(text)
-    if molecule is None or len(text.split()) != 1:  # RDKit takes what follows a blank for the molecule's name
-        return None
-    facts = {"smiles": Chem.MolToSmiles(molecule), "inchikey": Chem.MolToInchiKey(molecule) or None}
-    if with_properties:
-        facts["properties"] = _properties(molecule)
-    return facts
+    molecule = None if oddity(text) else parse(text)
+    return molecule and {"smiles": Chem.MolToSmiles(molecule), "inchikey": Chem.MolToInchiKey(molecule) or None}
+
+
+def _facts_and_properties(text: str) -> dict | None:
+    facts = _facts(text)
+    return facts and facts | {"properties": _properties(parse(text))}
 
 
 def _properties(molecule) -> dict:
@@ -118,11 +125,14 @@ def claims(caption: str, smiles: str) -> dict[str, bool]:
 def sift(sources: list[str], direction: str, properties: bool) -> tuple[dict[str, dict | None], dict[str, str]]:
     """What RDKit says of each distinct source, and why those that can't be translated in `direction` can't be."""
     distinct = dict.fromkeys(sources)
-    short = [source for source in distinct if source and len(source) <= MAX_CHARACTERS]
-    facts = dict(zip(short, in_processes(_facts, [(source, properties) for source in short]), strict=True))
+    facts = _read([source for source in distinct if source and len(source) <= LONGEST], properties)
     notes = {source: TOO_LONG if source else EMPTY for source in distinct if source not in facts}
-    wrong = NO_MOLECULE if direction == MOL2CAP else NO_CAPTION
-    notes |= {source: wrong for source, found in facts.items() if (found is None) == (direction == MOL2CAP)}
+    for source, found in facts.items():
+        if found is None and direction == MOL2CAP:
+            odd = oddity(source)
+            notes[source] = WORDS if odd == "text_after" else ODDITIES[odd][0] if odd else NO_MOLECULE
+        elif found is not None and direction == CAP2MOL:
+            notes[source] = NO_CAPTION
     return facts, {source: notes[source] for source in distinct if source in notes}
 
 
@@ -134,7 +144,7 @@ def merge(
     Molecules are the same where their canonical SMILES are, captions where they are but for case and blanks.
     """
     texts = [text for text in dict.fromkeys(itertools.chain(*made.values())) if direction == CAP2MOL and text]
-    found = dict(zip(texts, in_processes(_facts, [(text, properties) for text in texts]), strict=True))
+    found = _read(texts, properties)
     merged = {}
     for source, outputs in made.items():
         groups: dict[str, tuple[Candidate, list[str]]] = {}

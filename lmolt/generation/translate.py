@@ -29,8 +29,8 @@ from lmolt.distributed.heartbeat import HEARTBEAT
 from lmolt.generation import routes
 from lmolt.generation.decoding import Settings, beam_search, decode, end_ids, generate, not_used, read_prefix
 from lmolt.generation.journal import Journal, read_journal
-from lmolt.models.adapters import load_adapter
 from lmolt.generation.server import Server, is_server
+from lmolt.models.adapters import load_adapter
 from lmolt.models.loading import check_model_folder, load_base, load_seq2seq, load_tokenizer
 from lmolt.models.tokenizers import Reader, tokenizer_identity
 from lmolt.prompts import build_prompt, encode_prompt
