@@ -30,6 +30,7 @@ from collections import Counter, defaultdict
 from datetime import UTC, datetime
 
 from lmolt.files import cache_folder, run_main, versions
+from lmolt.generation.candidates import RANKS
 from lmolt.generation.systems import SYSTEMS, System, finish, load, read_system
 from lmolt.prompts import CAP2MOL, COLUMNS, DIRECTIONS, MOL2CAP, build_prompt
 from lmolt.recipes import Parser
@@ -67,6 +68,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--trust_remote_code", action="store_true")
     model.add_argument("--max_new_tokens", type=int, default=250, help="the paper's limit")
     model.add_argument("--num_beams", type=int, default=1)
+    model.add_argument("--num_candidates", type=int, default=1, help="evaluate the best of so many: docs/translate.md")
+    model.add_argument("--rank", choices=RANKS, default="logp", help="which candidate is best")
+    model.add_argument("--temperature", type=float, default=0.8, help="of sampled candidates (default: 0.8)")
+    model.add_argument("--channel_weight", type=float, default=1.0, help="lambda of --rank channel (default: 1)")
+    model.add_argument("--reverse_model", help="scores inputs given outputs for --rank channel (default: the model)")
     model.add_argument("--tokens_per_batch", type=int, default=16384, help="rows x (prompt + new tokens)")
     model.add_argument(
         "--too_long", choices=("error", "empty"), default="error", help="prompts over the model's positions"
@@ -193,13 +199,36 @@ def translated(args: argparse.Namespace, translators: Translators, pairs: list[d
     """Prediction rows of the pairs, the same on every process; `counts` says how many were cut."""
     from lmolt.data.predictions import rows_of_pairs
 
+    best = lambda direction, sources, found: best_candidates(args, translators.system, direction, sources, found)
     rows = []
     for direction in args.directions:
         asked = rows_of_pairs(pairs, direction)
-        outputs = translators(direction, [row["source"] for row in asked], counts[direction])
+        sources = [row["source"] for row in asked]
+        outputs = (best if args.num_candidates > 1 else translators)(direction, sources, counts[direction])
         reference = {"reference": None} if args.no_references else {}
         rows += [row | reference | {"prediction": output} for row, output in zip(asked, outputs, strict=True)]
     return rows
+
+
+def best_candidates(
+    args: argparse.Namespace, system: System | None, direction: str, sources: list[str], counts: Counter
+) -> list[str]:
+    """The best of --num_candidates by --rank for each source."""
+    from lmolt.generation.candidates import OVER
+    from lmolt.generation.translator import Translator
+
+    options = {key: getattr(args, key) for key in ("dtype", "load_in_4bit", "trust_remote_code", "reverse_model")}
+    translator = Translator(args.model, args.adapter, system=system, **options)
+    names = ("num_candidates", "num_beams", "temperature", "rank", "channel_weight")
+    settings = {name: getattr(args, name) for name in (*names, "max_new_tokens", "tokens_per_batch")}
+    found = translator(sources, direction, journal=args.output / "journal", progress=True, **settings)
+    if args.too_long == "error" and (over := [c for c in found if c.note == OVER]):
+        raise ValueError(
+            f"{len(over)} prompts are {OVER}, that of pair {over[0].row} of {len(sources)} the first; lower "
+            "--max_new_tokens, or count their outputs as empty with --too_long empty"
+        )
+    counts.update(found.counts)
+    return found.best()
 
 
 def translate_back(args: argparse.Namespace, translators: Translators, rows: list[dict], counts: dict) -> None:

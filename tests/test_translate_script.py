@@ -305,3 +305,17 @@ def test_long_cells_of_a_csv_are_rows_like_others(t5, tmp_path):
         csv.writer(file).writerows([["text"], ["CCO"], ["C" * 1_000_000], ["CCN"]])
     run("--input", tmp_path / "in.csv", "--model", t5, "--output", tmp_path / "o.jsonl")
     assert [row["note"] for row in read_table(tmp_path / "o.jsonl")] == ["", "over 20,000 characters", ""]
+
+
+def test_the_best_candidate_is_evaluated(t5, tmp_path):
+    write_table(
+        [{"molecule": m, "caption": c} for m, c in zip(["CCO", "CCN"], CAPTIONS, strict=True)], tmp_path / "p.csv"
+    )
+    args = ["--pairs", tmp_path / "p.csv", "--model", t5, "--no_fcd", "--max_new_tokens", 6, "--n_bootstrap", 20]
+    args += ["--num_candidates", 3, "--rank", "votes", "--output", tmp_path / "e"]
+    load_script("evaluate").main(list(map(str, args)))
+    found = Translator(t5)(["CCO", "CCN"], MOL2CAP, num_candidates=3, rank="votes", max_new_tokens=6)
+    rows = [row for row in read_table(tmp_path / "e" / "predictions.parquet") if row["direction"] == MOL2CAP]
+    assert [row["prediction"] for row in rows] == found.best()
+    record = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert record["directions"][MOL2CAP]["counts"]["candidates"] == 6
