@@ -187,7 +187,7 @@ def versions() -> dict:
 
 def tests() -> dict:
     """The project's own tests of tree, attention, losses and trainer, with the GPU visible."""
-    names = ["tree", "attention", "losses", "trainer"] if on_gpu() else ["losses"]
+    names = ["tree", "attention", "lora", "losses", "trainer"] if on_gpu() else ["losses"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", "--maxfail=12"]
     command += [f"tests/test_{name}.py" for name in names]
     environment = dict(os.environ)
@@ -349,6 +349,7 @@ def steps() -> dict:
 
     import torch
 
+    from lmolt.models.lora import lean_adapters
     from lmolt.models.tree import build_tree, tree_logps
     from lmolt.training import losses
 
@@ -358,6 +359,7 @@ def steps() -> dict:
         for checkpointing in (False, True):
             fresh_memory()
             model = add_lora(make_model(shape)).train()
+            lean_adapters(model)
             figures[f"{shape}_weights_gib"] = torch.cuda.memory_allocated() / 2**30 if on_gpu() else None
             if checkpointing:
                 checkpoint_layers(model)
