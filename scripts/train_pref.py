@@ -44,6 +44,7 @@ from lmolt.prompts import COLUMNS
 from lmolt.recipes import apply_recipe, describe_unknown
 from lmolt.training import batches, checkpoints, identity
 from lmolt.training.arguments import PreferenceArguments, build_parser, show_all
+from lmolt.training.flags import REFUSED
 from lmolt.training.losses import LOSSES, PARAMETERS
 from lmolt.training.saving import save_finished
 from lmolt.training.statistics import best_is_greater
@@ -67,6 +68,9 @@ def parse_arguments(argv: list[str]) -> PreferenceArguments:
     args, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         raise ValueError(describe_unknown(unknown, parser._option_string_actions))
+    for name in ("do_train", "do_eval"):
+        if name in recipe or f"--{name}" in given:  # whatever its value, for false is its default
+            raise ValueError(f"--{name} would have no effect: {REFUSED[name]}; leave it out")
     if args.fp16 and ({"--bf16"} & given or recipe.get("bf16")) and recipe.get("bf16") is not False:
         raise ValueError("--bf16 and --fp16 were both given; choose one")
     if not args.model or not (args.triples or args.pairs):
@@ -210,6 +214,13 @@ def main(argv: list[str]) -> None:
         strategy.first_decides(lambda: check_made_for(args.adapter, args.model, args.revision))
     tokenizer = loading.load_tokenizer(args.model, args.revision, args.trust_remote_code)
     train, held_out, dropped = read_examples(args, tokenizer)
+    rows = [(e.prompt, output) for e in train + held_out for output in (e.chosen, e.rejected, e.mismatched)]
+    loading.check_sizes(
+        args.model,
+        loading.read_config(args.model, args.revision, args.trust_remote_code),
+        largest_id=max(max(part, default=0) for row in rows for part in row),
+        longest=max(len(prompt) + len(output) for prompt, output in rows),
+    )
     say(f"reads {data}: {count(train)} to train on, {count(held_out)} held out, {dict(dropped) or 0} dropped")
     if not held_out:
         args.eval_strategy, args.load_best_model_at_end, args.early_stopping_patience = "no", False, None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,3 +237,56 @@ def test_training_needs_neither_rdkit_nor_matplotlib():
         "assert not {'rdkit', 'matplotlib', 'nltk', 'lmolt.metrics'} & sys.modules.keys()"
     )
     assert subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True).returncode == 0
+
+
+def test_the_hold_out_is_stratified_and_keeps_sources_apart(script, few_triples):
+    train, held_out = script.split_by_source(few_triples + [{**few_triples[0], "id": "again"}], 0.05)
+    assert sorted(t["direction"] for t in held_out if t["id"] != "again") == ["cap2mol", "mol2cap"]
+    assert not {t["source"] for t in train} & {t["source"] for t in held_out} and len(train) + len(held_out) == 25
+    assert [len(part) for part in script.split_by_source(few_triples, 0.5)] == [12, 12]
+    assert script.split_by_source(few_triples, 0.0) == (few_triples, [])
+    assert script.split_by_source(few_triples[:1], 0.5) == (few_triples[:1], [])
+
+
+def test_training_goes_on_where_all_held_out_rows_are_dropped(script, tmp_path, tiny_policy, few_triples, triples_file,
+                                                              capsys, caplog, monkeypatch):  # fmt: skip
+    long = tmp_path / "long.jsonl"
+    write_triples([{**few_triples[0], "source": "C" * 3000}], long)
+    arguments = [
+        "--model",
+        tiny_policy,
+        "--triples",
+        triples_file,
+        "--eval_triples",
+        long,
+        "--output_dir",
+        "out",
+        *QUICK,
+    ]
+    arguments += ["--max_length_policy", "drop", "--max_steps", 1, "--early_stopping_patience", 2]
+    monkeypatch.chdir(tmp_path)
+    script.main(list(map(str, arguments)))
+    assert "none of the 1 held-out triples is left: {'over 1024 tokens (mol2cap)': 1}" in caplog.text
+    assert "nothing is evaluated, and the last model is kept" in capsys.readouterr().out
+    monkeypatch.chdir("/")  # the card's Python runs from any folder
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f'from_pretrained("{tmp_path / "out"}"' in card and "| held out | none |" in card
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tiny_policy
+    )
+
+
+def test_what_the_model_has_no_embedding_or_position_for_is_found_before_it_is_loaded(tmp_path, tiny_policy, script,
+                                                                                      triples_file):  # fmt: skip
+    for key, value, message in (
+        ("vocab_size", 200, r"gives token \d+, and the model has embeddings for 200"),
+        ("max_position_embeddings", 64, r"has 64 positions .* and the longest row takes 146; .*--max_length 64"),
+    ):
+        folder = tmp_path / key
+        shutil.copytree(tiny_policy, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ValueError, match=message):
+            script.main(
+                [*map(str, ["--model", folder, "--triples", triples_file, "--output_dir", tmp_path / "o"]), *QUICK]
+            )

@@ -240,9 +240,14 @@ def test_collapse_is_warned_of(caplog, tiny_policy, few_triples, tmp_path):
     with caplog.at_level(logging.WARNING):
         statistics._watch_for_collapse({"mol2cap/logps/chosen": -1.0, "mol2cap/rewards/margins": 0.0})
         statistics._watch_for_collapse({"mol2cap/logps/chosen": -1.2, "mol2cap/rewards/margins": 2.0})
+        for _ in range(2):
+            statistics._watch_for_collapse({"mol2cap/logps/chosen": -4.0, "mol2cap/rewards/margins": 9.0})
+        statistics._watch_for_collapse({"mol2cap/logps/chosen": -1.2, "mol2cap/rewards/margins": 9.0})
+        for _ in range(2):
+            statistics._watch_for_collapse({"mol2cap/logps/chosen": -4.0, "mol2cap/rewards/margins": 9.0})
         assert not caplog.records
         statistics._watch_for_collapse({"mol2cap/logps/chosen": -4.0, "mol2cap/rewards/margins": 9.0})
-    assert "collapsing" in caplog.text
+    assert "collapsing (lower --learning_rate or raise --beta)" in caplog.text
 
 
 def test_trains_evaluates_and_saves_an_adapter_that_peft_loads(tiny_policy, few_triples, tmp_path):
@@ -425,3 +430,35 @@ def test_a_soft_cap_is_in_the_tree_and_alibi_trains_on_padded_rows(
     assert ("bloom: its class takes no attention function; rows are padded" in said) == (kind == "bloom")
     assert f"{packing}{'-packed' * (packing == 'tree')} scoring equals plain attention" in said
     assert (trainer.efficiency.padding_tokens > 0) == (packing == "padded")
+
+
+def test_workers_draw_the_same_batches(tiny_policy, few_triples, tmp_path):
+    losses = []
+    for workers in (0, 2):
+        trainer = make_trainer(
+            tiny_policy, few_triples, tmp_path, per_device_train_batch_size=8, dataloader_num_workers=workers,
+            learning_rate=1e-2,
+        )  # fmt: skip
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_a_token_budget_holds_in_the_epochs_that_max_steps_reaches(tiny_policy, few_triples, tmp_path):
+    trainer = make_trainer(
+        tiny_policy, few_triples, tmp_path, per_device_train_batch_size=8, tokens_per_batch=330, max_steps=60, seed=3
+    )
+    sampler = trainer.get_train_dataloader().batch_sampler
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        assert max(sum(trainer.costs[index] for index, _ in batch) for batch in sampler) <= 330
+
+
+def test_early_stopping_keeps_the_best(tiny_policy, few_triples, tmp_path):
+    trainer = make_trainer(
+        tiny_policy, few_triples, tmp_path, per_device_train_batch_size=24, num_train_epochs=9, eval_strategy="epoch",
+        save_strategy="epoch", load_best_model_at_end=True, early_stopping_patience=2, greater_is_better=True,
+        learning_rate=1e-3, warmup_steps=0,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 3 and trainer.kept_step == trainer.state.best_global_step == 1

@@ -78,7 +78,7 @@ def load_base(name: str, *, revision=None, load_in_4bit=False, dtype=torch.bfloa
 
     Its attention is `TREE` where its class takes an attention function, else the class's own, "eager".
     """
-    config = _config(name, revision, trust_remote_code)
+    config = read_config(name, revision, trust_remote_code)
     if config.is_encoder_decoder:
         raise ValueError(f"{name!r} is an encoder-decoder ({config.model_type}); preference training takes causal LMs")
     stored = getattr(config, "quantization_config", None)
@@ -100,11 +100,27 @@ def load_base(name: str, *, revision=None, load_in_4bit=False, dtype=torch.bfloa
 
 def load_seq2seq(name: str, *, dtype=torch.float32, trust_remote_code=False):
     """An encoder-decoder in `dtype`, with the attention that its class chooses. User's mistakes raise `ValueError`."""
-    config = _config(name, None, trust_remote_code)
+    config = read_config(name, None, trust_remote_code)
     return _load(AutoModelForSeq2SeqLM, name, config, None, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def _config(name: str, revision: str | None, trust_remote_code: bool):
+def check_sizes(name: str, config, largest_id: int, longest: int) -> None:
+    """`ValueError` where a model has no embedding for token `largest_id`, or too few positions for `longest` tokens."""
+    text = config.get_text_config()
+    if largest_id >= text.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {name!r} gives token {largest_id}, and the model has embeddings for {text.vocab_size} "
+            "(vocab_size): give the model that it belongs to, or one resized to it (resize_token_embeddings)"
+        )
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"{name!r} has {positions} positions (max_position_embeddings), and the longest row takes {longest}; "
+            f"drop and count such rows with --max_length {positions} --max_length_policy drop"
+        )
+
+
+def read_config(name: str, revision: str | None, trust_remote_code: bool):
     check_model_folder(name)
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)

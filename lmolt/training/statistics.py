@@ -51,6 +51,10 @@ class Statistics:
         self.sums = self.zeros()
         self.first: dict[str, float] = {}
         self.warned: set[str] = set()
+        self.falling = dict.fromkeys(DIRECTIONS, 0)
+        self.remedy = "lower --learning_rate or raise --beta"
+        if "alpha" not in loss.parameters:
+            self.remedy += "; CPO's NLL term prevents it"
 
     def zeros(self) -> torch.Tensor:
         return torch.zeros(len(DIRECTIONS), len(COLUMNS), dtype=torch.float64, device=self.device)
@@ -103,6 +107,8 @@ class Statistics:
     def _watch_for_collapse(self, means: dict[str, float], fall: float = 0.5) -> None:
         """Warn once a direction whose preferred outputs lose `fall` nats a token while the margins still grow.
 
+        Three logs in a row, since those of single steps are noisy.
+
         That is how DPO and KTO collapse in the paper: both outputs become unlikely, the dis-preferred one faster.
         """
         for direction in DIRECTIONS:
@@ -111,12 +117,14 @@ class Statistics:
                 continue
             first_logp = self.first.setdefault(f"{direction}/logp", logp)
             first_margin = self.first.setdefault(f"{direction}/margin", margin)
-            if logp < first_logp - fall and margin > first_margin:
+            fell = logp < first_logp - fall and margin > first_margin
+            self.falling[direction] = self.falling[direction] + 1 if fell else 0
+            if self.falling[direction] == 3:
                 self.warned.add(direction)
                 logger.warning(
                     "%s: preferred outputs fell from %.2f to %.2f nats a token while margins grew from %.2f to %.2f; "
-                    "the policy may be collapsing (lower --learning_rate or raise --beta; CPO's NLL term prevents it)",
-                    *(direction, first_logp, logp, first_margin, margin),
+                    "the policy may be collapsing (%s)",
+                    *(direction, first_logp, logp, first_margin, margin, self.remedy),
                 )
 
 
