@@ -45,7 +45,7 @@ from lmolt.recipes import apply_recipe, describe_unknown
 from lmolt.training import batches, checkpoints, identity
 from lmolt.training.arguments import PreferenceArguments, build_parser, show_all
 from lmolt.training.flags import REFUSED
-from lmolt.training.losses import LOSSES, PARAMETERS
+from lmolt.training.losses import LOSSES
 from lmolt.training.saving import save_finished
 from lmolt.training.statistics import best_is_greater
 from lmolt.training.trainer import PreferenceTrainer
@@ -187,6 +187,71 @@ def read_examples(args: PreferenceArguments, tokenizer) -> tuple[list, list, Cou
     return train, held_out, dropped + more
 
 
+def count(examples: list) -> dict[str, int]:
+    return dict(sorted(Counter(example.direction for example in examples).items()))
+
+
+def check_examples(args: PreferenceArguments, train: list, held_out: list) -> None:
+    """`ValueError` where the model can't take the rows, or what decides the best checkpoint is not among them."""
+    rows = [(e.prompt, output) for e in train + held_out for output in (e.chosen, e.rejected, e.mismatched)]
+    loading.check_sizes(
+        args.model,
+        loading.read_config(args.model, args.revision, args.trust_remote_code),
+        largest_id=max(max(part, default=0) for row in rows for part in row),
+        longest=max(len(prompt) + len(output) for prompt, output in rows),
+    )
+    if held_out and args.metric_for_best_model:
+        directions = sorted(count(held_out))
+        best_is_greater(args.metric_for_best_model, LOSSES[args.loss], bool(args.eval_translations), directions)
+
+
+def identify(args: PreferenceArguments, checkpoint: Path | None) -> dict:
+    """What this run is; `ValueError` where `checkpoint` is another's. What that chose by itself is taken over."""
+    fixed = strategy.first_decides(lambda: identity.of_inputs(args))
+    if checkpoint is not None:
+        record = strategy.first_decides(lambda: identity.read(checkpoint))
+        identity.check_same(checkpoint, record["fixed"], fixed)
+        args.packing = record["chosen"]["packing"]
+        args.tokens_per_batch = record["chosen"]["tokens_per_batch"] or 0  # 0: none, also where a GPU would have one
+    return fixed
+
+
+def load_policy(args: PreferenceArguments):
+    # by its whole path, so that the adapter's configuration and card work from any folder
+    local = Path(args.model).is_dir() and not args.push_to_hub
+    base = loading.load_base(
+        str(Path(args.model).absolute()) if local else args.model,
+        revision=args.revision,
+        load_in_4bit=args.load_in_4bit,
+        dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+        trust_remote_code=args.trust_remote_code,
+    )
+    return loading.add_adapter(
+        base,
+        args.adapter,
+        r=args.lora_r,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules,
+        use_dora=args.use_dora,
+        use_rslora=args.use_rslora,
+        revision=args.revision,
+    )
+
+
+def set_references(trainer: PreferenceTrainer) -> str:
+    """Give the trainer its reference's log-probabilities, if its loss has one; what the reference is, in words."""
+    args = trainer.args
+    if not trainer.loss.has_reference:
+        return "none (the loss has no reference)"
+    name = f"adapter {args.adapter}, frozen" if args.adapter else f"base model {args.model}, adapter off"
+    made_by = ("base weights", "base config", "tokenizer", "start adapter", "precision", "base's dtype")
+    key = {part: trainer.fixed[part] for part in made_by} | trainer.chosen | {"nf4": args.load_in_4bit}
+    for same in ("tokens_per_batch", "tree attention"):  # tiles and flex give the same numbers
+        key.pop(same)
+    return f"{name} (log-probabilities {trainer.set_references(key)})"
+
+
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     HEARTBEAT.start()
@@ -196,7 +261,6 @@ def main(argv: list[str]) -> None:
         hf_logging.disable_progress_bar()
     if args.use_cpu and (why := strategy.unused_accelerator()):
         say(why)
-    count = lambda examples: dict(sorted(Counter(e.direction for e in examples).items()))
 
     # --- output folder, the embedded default
     checkpoint = strategy.first_decides(lambda: check_output_dir(args))
@@ -214,31 +278,14 @@ def main(argv: list[str]) -> None:
         strategy.first_decides(lambda: check_made_for(args.adapter, args.model, args.revision))
     tokenizer = loading.load_tokenizer(args.model, args.revision, args.trust_remote_code)
     train, held_out, dropped = read_examples(args, tokenizer)
-    rows = [(e.prompt, output) for e in train + held_out for output in (e.chosen, e.rejected, e.mismatched)]
-    loading.check_sizes(
-        args.model,
-        loading.read_config(args.model, args.revision, args.trust_remote_code),
-        largest_id=max(max(part, default=0) for row in rows for part in row),
-        longest=max(len(prompt) + len(output) for prompt, output in rows),
-    )
+    check_examples(args, train, held_out)
     say(f"reads {data}: {count(train)} to train on, {count(held_out)} held out, {dict(dropped) or 0} dropped")
     if not held_out:
         args.eval_strategy, args.load_best_model_at_end, args.early_stopping_patience = "no", False, None
         say("no held-out triples: nothing is evaluated, and the last model is kept instead of the best")
-    elif args.metric_for_best_model:
-        directions = {example.direction for example in held_out}
-        best_is_greater(args.metric_for_best_model, LOSSES[args.loss], bool(args.eval_translations), sorted(directions))
-        if len(held_out) < FEW:
-            say(f"only {len(held_out)} triples are held out: which checkpoint is the best is left to chance")
-
-    # --- what this run is
-    software = versions(*PACKAGES)
-    fixed = strategy.first_decides(lambda: identity.of_inputs(args))
-    if checkpoint is not None:
-        record = strategy.first_decides(lambda: identity.read(checkpoint))
-        identity.check_same(checkpoint, record["fixed"], fixed)
-        args.packing = record["chosen"]["packing"]
-        args.tokens_per_batch = record["chosen"]["tokens_per_batch"]
+    elif args.load_best_model_at_end and len(held_out) < FEW:
+        say(f"only {len(held_out)} triples are held out: which checkpoint is the best is left to chance")
+    fixed = identify(args, checkpoint)
 
     # --- the Hub, asked before the work
     share, licence = args.push_to_hub and args.process_index == 0, {}
@@ -247,44 +294,16 @@ def main(argv: list[str]) -> None:
         name = args.hub_model_id or Path(args.output_dir).name
         args.hub_model_id = hub.reserve(name, args.hub_private_repo, args.hub_revision)
 
-    # --- policy
-    # by its whole path, so that the adapter's configuration and card work from any folder
-    local = Path(args.model).is_dir() and not args.push_to_hub
-    base = loading.load_base(
-        str(Path(args.model).absolute()) if local else args.model,
-        revision=args.revision,
-        load_in_4bit=args.load_in_4bit,
-        dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
-        trust_remote_code=args.trust_remote_code,
-    )
-    policy = loading.add_adapter(
-        base,
-        args.adapter,
-        r=args.lora_r,
-        alpha=args.lora_alpha,
-        dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules,
-        use_dora=args.use_dora,
-        use_rslora=args.use_rslora,
-        revision=args.revision,
-    )
+    # --- policy, reference
+    software = versions(*PACKAGES)
     changeable = identity.may_change(args, software)
-    trainer = PreferenceTrainer(policy, args, train, held_out, fixed, changeable, processing_class=tokenizer)
-    if checkpoint is not None:
-        trainer.check_resumable(checkpoint)
+    trainer = PreferenceTrainer(load_policy(args), args, train, held_out, fixed, changeable, processing_class=tokenizer)
     trainer.add_callback(PreemptionCallback())
     trainer.add_callback(HeartbeatCallback(args.stalled_after))
     trainer.check_model()
-
-    # --- reference
-    reference_name = "none (the loss has no reference)"
-    if trainer.loss.has_reference:
-        reference_name = f"adapter {args.adapter}, frozen" if args.adapter else f"base model {args.model}, adapter off"
-        made_by = ("base weights", "base config", "tokenizer", "start adapter", "precision", "base's dtype")
-        key = {name: trainer.fixed[name] for name in made_by} | trainer.chosen | {"nf4": args.load_in_4bit}
-        key.pop("tokens_per_batch")
-        key.pop("tree attention")  # tiles and flex give the same numbers
-        reference_name += f" (log-probabilities {trainer.set_references(key)})"
+    if checkpoint is not None:
+        trainer.check_resumable(checkpoint)
+    reference_name = set_references(trainer)
     say(f"reference: {reference_name}")
 
     # --- train
@@ -299,29 +318,12 @@ def main(argv: list[str]) -> None:
 
     # --- save
     rows = {"train": count(train), "evaluation": count(held_out), "dropped": dict(dropped)}
-    save_finished(
-        trainer,
-        {
-            "arguments": {k: v for k, v in args.to_dict().items() if not k.endswith("_token") and k not in PARAMETERS},
-            "loss": {"name": args.loss, "definition": trainer.loss.definition, "parameters": args.loss_parameters},
-            "reference": reference_name,
-            "identity": trainer.fixed,
-            "chosen": trainer.chosen,
-            "attention_ms_a_layer": trainer.attention_ms,
-            "changes": trainer.changes,
-            "step": trainer.kept_step or trainer.state.global_step,
-            "strategy": trainer.strategy,
-            "world_size": args.world_size,
-            "data": {"sha256": sha256_file(data)} | rows,
-            "versions": software,
-            "licence": licence,
-        },
-    )
+    own = {"reference": reference_name, "data": {"sha256": sha256_file(data)} | rows}
+    save_finished(trainer, own | {"versions": software, "licence": licence})
     say(f"wrote {args.output_dir}: the adapter, its card, run.json, efficiency.json, trainer_state.json, training.png")
     if share:
-        say(
-            f"uploaded {hub.push(args.output_dir, SCRIPT, args.hub_model_id, args.hub_private_repo, args.hub_revision)}"
-        )
+        url = hub.push(args.output_dir, SCRIPT, args.hub_model_id, args.hub_private_repo, args.hub_revision)
+        say(f"uploaded {url}")
 
 
 def command() -> None:

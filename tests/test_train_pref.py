@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lmolt import ownership
+from lmolt.data.triples import write_triples
 from lmolt.files import write_table
 from lmolt.training.checkpoints import last_good_checkpoint, what_is_wrong, write_manifest
 
@@ -239,7 +240,7 @@ def test_training_needs_neither_rdkit_nor_matplotlib():
     assert subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True).returncode == 0
 
 
-def test_the_hold_out_is_stratified_and_keeps_sources_apart(script, few_triples):
+def test_the_hold_out_is_stratified_and_keeps_sources_apart(few_triples):
     train, held_out = script.split_by_source(few_triples + [{**few_triples[0], "id": "again"}], 0.05)
     assert sorted(t["direction"] for t in held_out if t["id"] != "again") == ["cap2mol", "mol2cap"]
     assert not {t["source"] for t in train} & {t["source"] for t in held_out} and len(train) + len(held_out) == 25
@@ -248,7 +249,7 @@ def test_the_hold_out_is_stratified_and_keeps_sources_apart(script, few_triples)
     assert script.split_by_source(few_triples[:1], 0.5) == (few_triples[:1], [])
 
 
-def test_training_goes_on_where_all_held_out_rows_are_dropped(script, tmp_path, tiny_policy, few_triples, triples_file,
+def test_training_goes_on_where_all_held_out_rows_are_dropped(tmp_path, tiny_policy, few_triples, triples_file,
                                                               capsys, caplog, monkeypatch):  # fmt: skip
     long = tmp_path / "long.jsonl"
     write_triples([{**few_triples[0], "source": "C" * 3000}], long)
@@ -276,7 +277,7 @@ def test_training_goes_on_where_all_held_out_rows_are_dropped(script, tmp_path, 
     )
 
 
-def test_what_the_model_has_no_embedding_or_position_for_is_found_before_it_is_loaded(tmp_path, tiny_policy, script,
+def test_what_the_model_has_no_embedding_or_position_for_is_found_before_it_is_loaded(tmp_path, tiny_policy,
                                                                                       triples_file):  # fmt: skip
     for key, value, message in (
         ("vocab_size", 200, r"gives token \d+, and the model has embeddings for 200"),

@@ -39,7 +39,7 @@ def of_inputs(args) -> dict:
     fixed = {f"--{name}": value for name, value in args.to_dict().items() if name not in skipped}
     fixed["--metric_for_best_model"] = args.metric_for_best_model or "loss"  # unset where nothing is evaluated
     fixed["--greater_is_better"] = bool(args.greater_is_better)
-    if LOSSES[args.loss].depends_on_split and args.tokens_per_batch is None:
+    if LOSSES[args.loss].depends_on_split and not args.tokens_per_batch:
         fixed["triples a micro-batch"] = args.per_device_train_batch_size
     return _plain(inputs | fixed)
 

@@ -8,12 +8,14 @@ from lmolt import ownership
 from lmolt.card import write_card
 from lmolt.distributed import strategy
 from lmolt.models.loading import check_saved_adapter
+from lmolt.training.losses import PARAMETERS
 from lmolt.training.statistics import plot_run
 
 
 def save_finished(trainer, run: dict) -> list[str]:
     """Write the adapter and all that belongs to it, by name; `adapter_model.safetensors` appears last, by rename.
 
+    `run` is what the trainer doesn't know: its data and reference, versions, licence.
     All processes call it; the first returns, and the others end in it (`strategy.leave_group`).
     """
     output_dir = Path(trainer.args.output_dir)
@@ -22,6 +24,7 @@ def save_finished(trainer, run: dict) -> list[str]:
         ownership.claim(output_dir, "train_pref", [staging.name])
     trainer.save_model(str(staging), _internal_call=True)  # else Trainer uploads at once, with a card of its own
     efficiency = trainer.efficiency.summary(trainer.accelerator, trainer.state.total_flos)
+    run = record(trainer) | run
     strategy.leave_group()  # the first process goes on alone
     check_saved_adapter(staging, trainer.model)
     (staging / "run.json").write_text(json.dumps(run, indent=1))
@@ -38,6 +41,24 @@ def save_finished(trainer, run: dict) -> list[str]:
         file.replace(output_dir / file.name)
     staging.rmdir()
     return names
+
+
+def record(trainer) -> dict:
+    """What run.json says of a trainer's run: arguments, loss, identity, and which step's weights are kept."""
+    args = trainer.args
+    kept = lambda name: not name.endswith("_token") and name not in PARAMETERS  # which stand with the loss
+    arguments = {name: value for name, value in args.to_dict().items() if kept(name)}
+    return {
+        "arguments": arguments,
+        "loss": {"name": args.loss, "definition": trainer.loss.definition, "parameters": args.loss_parameters},
+        "identity": trainer.fixed,
+        "chosen": trainer.chosen,
+        "attention_ms_a_layer": trainer.attention_ms,
+        "changes": trainer.changes,
+        "step": trainer.kept_step or trainer.state.global_step,
+        "strategy": trainer.strategy,
+        "world_size": args.world_size,
+    }
 
 
 def _umask() -> int:
