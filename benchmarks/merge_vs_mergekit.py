@@ -6,8 +6,9 @@
 Both run in turn as a user runs them, start-up included, under GNU time (apt-get install time): wall and CPU seconds
 (user + system) and peak resident memory. `cp` of the output is the limit. Each run finds its inputs in the page cache:
 whichever came first would pay for reading them from the disk. The models: bf16, hidden size 2048, 32,000 tokens,
-sharded; S has 285M parameters, M 542M. --parity compares a second merge of ours, with --rounding mergekit, to
-mergekit's output, whose argsort is made stable for it (it leaves the order of equal magnitudes open).
+sharded; S has 285M parameters, M 542M, 3B 3.0 billion (18 GB for its models, 12 GB for outputs). --parity compares a
+second merge of ours, with --rounding mergekit, to mergekit's output, whose argsort is made stable for it (it leaves the
+order of equal magnitudes open).
 CPU seconds are the figures to trust where other work shares the cores.
 """
 
@@ -28,7 +29,7 @@ import numpy as np  # noqa: E402
 from lmolt.merging.checkpoints import Checkpoint  # noqa: E402
 from lmolt.merging.safetensors_io import OutputFolder, encode  # noqa: E402
 
-LAYERS, SHARDS = {"S": 3, "M": 8}, {"S": 2, "M": 4}
+LAYERS, SHARDS = {"S": 3, "M": 8, "3B": 56}, {"S": 2, "M": 4, "3B": 6}
 HIDDEN, MLP, VOCABULARY = 2048, 5632, 32000
 LLAMA_7B = 6.74e9
 WEIGHTS, DENSITY = (0.95, 0.05), 0.5
@@ -48,6 +49,7 @@ def layout(size: str) -> dict[str, list]:
         tensors += [(f"model.layers.{layer}.{name}.weight", shape) for name, shape in shapes.items()]
     tensors += [("model.norm.weight", (HIDDEN,)), ("lm_head.weight", (VOCABULARY, HIDDEN))]
     count, per = SHARDS[size], -(-len(tensors) // SHARDS[size])
+    tensors = [(name, "BF16", shape) for name, shape in tensors]
     return {f"model-{i + 1:05}-of-{count:05}.safetensors": tensors[i * per : (i + 1) * per] for i in range(count)}
 
 
@@ -63,10 +65,7 @@ def build(folder: Path, size: str) -> None:
         **{"intermediate_size": MLP, "num_hidden_layers": LAYERS[size], "num_attention_heads": 16, "dtype": "bfloat16"},
         **{"num_key_value_heads": 16, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "hidden_act": "silu"},
     }
-    (folder / "config").mkdir(parents=True, exist_ok=True)
-    (folder / "config" / "config.json").write_text(json.dumps(config))
-    source = argparse.Namespace(folder=folder / "config", config=config)
-    shapes = {tensor: shape for tensors in layout(size).values() for tensor, shape in tensors}
+    shapes = {tensor: shape for tensors in layout(size).values() for tensor, _, shape in tensors}
     for number, name in enumerate(("base", "a", "b")):
         if (folder / name).is_dir():
             continue
@@ -82,9 +81,9 @@ def build(folder: Path, size: str) -> None:
                 write(encode(values.ravel() * np.float32(0.02), "BF16"))
             return {}
 
-        output = OutputFolder(folder / name, layout(size), "BF16", {}, False)
+        output = OutputFolder(folder / name, layout(size), {}, False)
         output.write_tensors(produce)
-        output.finish(source)
+        output.finish(folder, [], config, lambda: None)
 
 
 def mergekit_recipe(folder: Path, method: str) -> Path:
@@ -183,7 +182,7 @@ def main() -> None:
                     print(f"{size:4} {method:10} {who}: {share:.2e} of the values differ from mergekit's")
             for output in outputs.values():
                 shutil.rmtree(output, ignore_errors=True)
-    scale = LLAMA_7B / sum(int(np.prod(shape)) for tensors in layout(args.sizes[-1]).values() for _, shape in tensors)
+    scale = LLAMA_7B / sum(int(np.prod(shape)) for tensors in layout(args.sizes[-1]).values() for *_, shape in tensors)
     for method in args.methods:
         for who in ("ours", "cp") if args.without_mergekit else ("ours", "mergekit", "cp"):
             projected = figures[f"{method}_7b_{who}_projected_cpu"] = (

