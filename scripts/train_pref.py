@@ -108,6 +108,11 @@ def check_output_dir(args: PreferenceArguments) -> Path | None:
         return with_optimizer(Path(wanted))
     if wanted and str(wanted).lower() == "true":
         ownership.check_free(output_dir, SCRIPT, FINISHED)
+        if (output_dir / "adapter_model.safetensors").exists() and not checkpoints.checkpoints(output_dir):
+            raise ValueError(
+                f"{output_dir} holds a finished adapter and no checkpoint to resume from; choose another --output_dir "
+                "or --overwrite_output_dir"
+            )
         return with_optimizer(checkpoints.last_good_checkpoint(output_dir))
     if args.overwrite_output_dir:
         ownership.check_deletable("--output_dir", output_dir)

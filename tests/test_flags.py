@@ -98,3 +98,9 @@ def test_help_shows_lmolts_own_first_and_the_rest_on_demand():
     assert "--adam_beta1" not in short and "--adam_beta1" in long
     assert "--torch_compile" not in long
     assert len(short.splitlines()) < 160
+
+
+def test_a_left_over_compilation_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(ValueError, match="asks for compilation by INDUCTOR: each micro-batch's tree has another shape"):
+        PreferenceArguments()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, Gemma2Config
+from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, Gemma2Config, TrainerCallback
 
 from lmolt.models import loading
 from lmolt.models.attention import Tiles
@@ -462,3 +462,25 @@ def test_early_stopping_keeps_the_best(tiny_policy, few_triples, tmp_path):
     )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step == 3 and trainer.kept_step == trainer.state.best_global_step == 1
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny_policy, few_triples, tmp_path):
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path, per_device_train_batch_size=12, save_strategy="steps",
+                           save_steps=1, learning_rate=1e-3, warmup_steps=0)  # fmt: skip
+
+    class Overflow(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                next(p for p in model.parameters() if p.requires_grad).data[0, 0] = torch.nan
+
+    trainer.add_callback(Overflow())
+    with pytest.raises(ValueError, match="step 2: .*lora_A.* isn't finite any more"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_step_whose_best_metric_is_undefined_is_not_the_best(tiny_policy, few_triples, tmp_path, caplog):
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path, metric_for_best_model="mol2cap/nll")
+    assert not trainer._determine_best_metric({"eval_loss": 1.0}, None)
+    assert "eval_mol2cap/nll is undefined here" in caplog.text
+    assert trainer._determine_best_metric({"eval_mol2cap/nll": 2.0}, None) and trainer.state.best_metric == 2.0

@@ -297,6 +297,12 @@ class PreferenceArguments(_Parameters):
                 asked,
                 left,
             )
+        backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND") or "no"
+        if backend.lower() != "no":
+            raise ValueError(
+                f"accelerate's configuration (or ACCELERATE_DYNAMO_BACKEND) asks for compilation by {backend}: "
+                f"{REFUSED['torch_compile']}; set dynamo_backend to 'NO'"
+            )
         globals()["_settled"] = os.environ["ACCELERATE_MIXED_PRECISION"] = asked
 
     def _check_optimizer(self) -> None:
@@ -346,7 +352,7 @@ OWN = {  # what --help shows, in groups; the rest is behind --help_all
     "evaluation": "eval_strategy eval_steps per_device_eval_batch_size eval_translations eval_max_new_tokens "
     "metric_for_best_model greater_is_better load_best_model_at_end early_stopping_patience",
     "output": "output_dir overwrite_output_dir resume_from_checkpoint save_strategy save_steps save_total_limit "
-    "logging_steps report_to push_to_hub hub_model_id hub_private_repo hub_revision",
+    "logging_steps report_to stalled_after push_to_hub hub_model_id hub_private_repo hub_revision",
 }
 
 

@@ -1,6 +1,7 @@
 """The transformers Trainer with the paper's losses over preference trees."""
 
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -34,6 +35,8 @@ from lmolt.training.callbacks import FiniteLossCallback, OneLineProgress
 from lmolt.training.efficiency import Efficiency
 from lmolt.training.losses import LOSSES, kto_z
 from lmolt.training.statistics import Statistics, translation_scores
+
+logger = logging.getLogger(__name__)
 
 
 class _EpochLoader(DataLoader):
@@ -333,6 +336,13 @@ class PreferenceTrainer(Trainer):
                 begun, skipped = epochs, 0  # all steps are done
         return begun, skipped
 
+    def _determine_best_metric(self, metrics, trial):
+        key = f"eval_{self.args.metric_for_best_model}"
+        if self.args.metric_for_best_model is not None and key not in metrics:
+            logger.warning("step %d: %s is undefined here, so this is not the best step", self.state.global_step, key)
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
     def _load_best_model(self):
         best = Path(self.state.best_model_checkpoint)
         if wrong := checkpoints.what_is_wrong(best):
@@ -372,6 +382,12 @@ class PreferenceTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         """Save, seal with a manifest, and only then delete older checkpoints."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise ValueError(
+                    f"step {self.state.global_step}: {name} isn't finite any more, so no checkpoint is saved and "
+                    "training stops; the checkpoints before are kept. Lower --learning_rate"
+                )
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         if self.args.should_save:
             ownership.claim(Path(self.args.output_dir), "train_pref", [f"checkpoint-{self.state.global_step}"])
