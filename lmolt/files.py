@@ -228,8 +228,11 @@ def read_text(path: Path | str, encoding: str = "utf-8") -> str:
     data = path.read_bytes()
     if data.startswith(b"\x1f\x8b"):
         try:
+            pieces, size = [], 0
             with gzip.open(io.BytesIO(data)) as file:
-                data = file.read(_LARGEST + 1)
+                while size <= _LARGEST and (piece := file.read(1 << 24)):
+                    pieces, size = [*pieces, piece], size + len(piece)
+            data = b"".join(pieces)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: not a whole gzip file ({error}); pack it again") from None
         if len(data) > _LARGEST:
@@ -273,8 +276,9 @@ def read_table(path: str | Path, encoding: str = "utf-8") -> list[dict]:
 
         try:
             rows = pq.read_table(path).to_pylist()
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a readable parquet file ({error}); write it again") from None
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # of its parts, without a name
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path}: not a readable parquet file ({reason}); write it again") from None
     else:
         text = read_text(path, encoding)
         rows = _read_jsonl(path, text) if suffix == ".jsonl" else _read_separated(path, text)
@@ -296,8 +300,9 @@ def _read_jsonl(path: Path, text: str) -> list[dict]:
             raise ValueError(f"{path} row {number} is blank; remove the line")
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} row {number}: {line[:80]!r} is not JSON ({error}); one object a line") from None
+        except (ValueError, RecursionError) as error:  # the latter: nested by the thousand
+            reason = " ".join(str(error).split())[:80]
+            raise ValueError(f"{path} row {number}: {line[:80]!r} is not JSON ({reason}); one object a line") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path} row {number}: {line[:80]!r} is not a JSON object; write {{column: value}}")
         rows.append(row)

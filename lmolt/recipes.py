@@ -77,18 +77,27 @@ def apply_recipe(
     return values
 
 
-def read_recipe(path: Path) -> dict:
-    """One YAML mapping of a file; `ValueError` names the file and the line of what is wrong in it."""
+def read_recipe(path: Path, anchors: bool = False) -> dict:
+    """One YAML mapping of a file; `ValueError` names the file and the line of what is wrong in it.
+
+    With `anchors`, entries may repeat others (`<<: *name`), but none that repeats some itself: no file grows by that.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe {str(path)!r}; the ones that are included are in recipes/")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are no recipe; it is a short YAML file")
     text = read_text(path)
     try:
-        depth = 0
+        depth, within = 0, None  # `within`: the depth of the anchored entry that this is in
         for event in yaml.parse(text, Loader=yaml.SafeLoader):  # before anything is built from it
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or depth > MAX_DEPTH:
+            alias = isinstance(event, yaml.AliasEvent) and (not anchors or within is not None)
+            anchor = getattr(event, "anchor", None) and not isinstance(event, yaml.AliasEvent)
+            if within is not None and depth < within:
+                within = None
+            if anchor and isinstance(event, yaml.CollectionStartEvent) and within is None:
+                within = depth
+            if alias or (anchor and not anchors) or depth > MAX_DEPTH:
                 line, what = event.start_mark.line + 1, "an alias or anchor" if depth <= MAX_DEPTH else "deep nesting"
                 raise ValueError(f"{path} line {line}: {what}; a recipe is `key: value` lines")
         values = yaml.load(text, Loader=_Loader)

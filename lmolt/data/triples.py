@@ -26,11 +26,14 @@ def check(rows: list[dict], where: str) -> list[dict]:
                 f"{', '.join(COLUMNS)}: scripts/make_triples.py writes them"
             )
         if row["direction"] not in DIRECTIONS:
-            raise ValueError(f"{where} row {number}: direction {row['direction']!r}; use {' or '.join(DIRECTIONS)}")
+            raise ValueError(
+                f"{where} row {number}: direction {str(row['direction'])[:80]!r}; use {' or '.join(DIRECTIONS)}"
+            )
         for name in ("source", "chosen", "rejected"):
             if not isinstance(row[name], str) or not row[name].strip():
+                which, given = repr(row["id"])[:80], repr(row[name])[:80]
                 raise ValueError(
-                    f"{where} row {number} (id {row['id']!r}): {name!r} is {row[name]!r}; fill it in or remove the row"
+                    f"{where} row {number} (id {which}): {name!r} is {given}; fill it in or remove the row"
                 )
     return [{name: str(row["id"]) if name == "id" else row[name] for name in COLUMNS} for row in rows]
 

@@ -4,10 +4,9 @@ import difflib
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from lmolt.files import SHIPPED, shipped
 from lmolt.prompts import CAP2MOL, DIRECTIONS, STYLES
+from lmolt.recipes import read_recipe
 
 SYSTEMS = SHIPPED / "recipes" / "systems.yaml"
 ARCHITECTURES, KEEP = ("t5", "llama", "internlm2"), ("all", "smiles")
@@ -44,12 +43,12 @@ def read_system(name: str, path: Path = SYSTEMS) -> System:
     `ValueError` on an unknown name, listing the known ones, or on an entry that is not as that file's head describes.
     """
     path = shipped(path)
-    entries = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    entries = {str(key): entry for key, entry in read_recipe(path, anchors=True).items()}
     if name not in entries:
-        near = difflib.get_close_matches(name, entries, n=1)
-        raise ValueError(
-            f"{path} has no system {name!r}" + f" (did you mean {near[0]!r}?)" * bool(near) + f": {', '.join(entries)}"
-        )
+        near = [f" (did you mean {one!r}?)" for one in difflib.get_close_matches(name, entries, n=1)]
+        raise ValueError(f"{path} has no system {name!r}{''.join(near)}: {', '.join(entries)}")
+    if not isinstance(entries[name], dict):
+        raise ValueError(f"{path}, {name}: {str(entries[name])[:80]!r} is no system; the file's head has its keys")
     entry, where = dict(entries[name]), f"{path}, {name}"
     parts = {direction: entry.pop(direction, entry.get("both")) for direction in DIRECTIONS}
     entry.pop("both", None)
@@ -67,9 +66,16 @@ def read_system(name: str, path: Path = SYSTEMS) -> System:
     if wrong := (wanted - entry.keys()) | (entry.keys() - wanted - set(System._field_defaults)):
         raise ValueError(f"{where}: missing or unknown: {', '.join(sorted(wrong))}; the file's head has the keys")
     for key, known in {"architecture": ARCHITECTURES, "prompt": STYLES, "keep": KEEP}.items():
-        if key in entry and entry[key] not in known and not (key == "architecture" and "server" in entry):
+        known_one = isinstance(entry.get(key, ""), str) and entry.get(key) in known
+        if key in entry and not known_one and not (key == "architecture" and "server" in entry):
             raise ValueError(f"{where}: {key} is {entry[key]!r}; use one of {', '.join(known)}")
-    entry["stop"] = tuple(entry.get("stop", ()))
+    stop = entry.get("stop", [])
+    if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
+        raise ValueError(f"{where}: stop is {str(stop)[:80]!r}; write a list of texts")
+    for part in parts.values():
+        if not isinstance(part["model"], str) or not isinstance(part.get("adapter"), str | None):
+            raise ValueError(f"{where}: model and adapter are names, not {str(part)[:80]}")
+    entry["stop"] = tuple(stop)
     models = {direction: part["model"] for direction, part in parts.items()}
     adapters = {direction: part.get("adapter") for direction, part in parts.items()}
     return System(name, models=models, adapters=adapters, **entry)

@@ -23,7 +23,6 @@ import xxhash
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from lmolt.distributed.heartbeat import HEARTBEAT
 from lmolt.generation import routes
@@ -31,7 +30,7 @@ from lmolt.generation.decoding import Settings, beam_search, decode, end_ids, ge
 from lmolt.generation.journal import Journal, read_journal
 from lmolt.generation.server import Server, is_server
 from lmolt.models.adapters import load_adapter
-from lmolt.models.loading import check_model_folder, load_base, load_seq2seq, load_tokenizer
+from lmolt.models.loading import check_model_folder, load_base, load_seq2seq, load_tokenizer, read_config
 from lmolt.models.tokenizers import Reader, tokenizer_identity
 from lmolt.prompts import build_prompt, encode_prompt
 
@@ -55,7 +54,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> tuple:
         return server.config, None
     check_model_folder(name)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = read_config(name, None, trust_remote_code)
         return config, load_tokenizer(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         # transformers takes a SentencePiece file that it can't read for one of tiktoken

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lmolt.files import content_hash
+from lmolt.files import content_hash, read_json
 from lmolt.merging.architecture import read_architecture
 from lmolt.merging.checkpoints import Checkpoint
 from lmolt.merging.safetensors_io import STORAGE, Entry, decode, encode, read_bits
@@ -84,11 +84,8 @@ def read_config(folder: Path) -> dict:
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: there is no such file; --adapter takes the folder of a PEFT adapter")
-    try:
-        config = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({error}); save the adapter again") from None
-    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+    config = read_json(file)
+    if not isinstance(config.get("peft_type"), str):
         raise ValueError(f"{file}: names no peft_type; save the adapter again")
     if config["peft_type"] != "LORA":
         raise ValueError(f"{file}: {config['peft_type']} is not supported, only LORA; {WAY_OUT}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 
+from lmolt.files import read_json
 from lmolt.models.hashes import folder_of, model_hashes
 
 
@@ -33,11 +34,9 @@ def load_adapter(model, adapter: str, *, is_trainable: bool = False, device: str
 def check_made_for(adapter: str, model: str, revision: str | None = None) -> None:
     """`ValueError` where an adapter names another base than `model`, or was trained by LMolT on other weights."""
     folder = folder_of(adapter, "adapter_config.json")
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        named = config.get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / 'adapter_config.json'} is no adapter's configuration ({error})") from None
+    named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if named is not None and not isinstance(named, str):
+        raise ValueError(f"{folder / 'adapter_config.json'}: base_model_name_or_path is {str(named)[:80]}, not a name")
     hashes = _recorded(folder)
     if hashes is not None:
         if hashes != (now := model_hashes(model, revision)["base weights"]):

@@ -1,12 +1,11 @@
 """What tells one model, tokenizer or adapter from another: hashes of all bytes of their files, in any format."""
 
-import json
 from pathlib import Path
 
 import xxhash
 from huggingface_hub import hf_hub_download
 
-from lmolt.files import content_hash
+from lmolt.files import content_hash, read_json
 
 TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
@@ -22,7 +21,7 @@ def model_hashes(name: str, revision: str | None = None) -> dict[str, str]:
     folder = folder_of(name, "config.json", revision)
     files = {file.name: file for file in folder.iterdir() if file.is_file()}
     for index in [file for file in files.values() if file.name.endswith(".index.json")]:
-        shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
+        shards = read_json(index).get("weight_map", {}).values()
         files |= {shard: folder / shard for shard in shards}  # which may lie in folders of their own
     kinds = {"base weights": {}, "base config": {}, "tokenizer": {}}
     for name, file in sorted(files.items()):

@@ -16,6 +16,7 @@ from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
+from lmolt.files import read_json
 from lmolt.models.adapters import load_adapter
 from lmolt.models.attention import TREE
 from lmolt.models.self_check import takes_attention
@@ -70,7 +71,19 @@ def check_adapter_folder(name: str) -> None:
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False):
-    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    """The tokenizer of a folder or Hub id; `ValueError` names a damaged file."""
+    folder = Path(name)
+    files = [file for file in ("tokenizer.json", "tokenizer_config.json") if (folder / file).is_file()]
+    for file in files:
+        read_json(folder / file)  # what is no JSON is named with its place
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except BaseException as error:  # a panic of tokenizers' Rust is no Exception
+        panic = type(error).__name__ == "PanicException"
+        if not files or not (panic or isinstance(error, Exception)) or "trust_remote_code" in str(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder / files[0]} can't be read: {type(error).__name__} {reason}") from None
 
 
 def load_base(name: str, *, revision=None, load_in_4bit=False, dtype=torch.bfloat16, trust_remote_code=False):
@@ -122,14 +135,16 @@ def check_sizes(name: str, config, largest_id: int, longest: int) -> None:
 
 def read_config(name: str, revision: str | None, trust_remote_code: bool):
     check_model_folder(name)
+    folder = Path(name)
+    if folder.is_dir():
+        read_json(folder / "config.json")  # what is no JSON is named with its place
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:  # a config.json that is no object, or lacks what its type has
-        raise ValueError(f"model {name!r}: its config.json can't be read: {type(error).__name__} {error}") from error
+    except Exception as error:  # of a value's type, of a type of model that nobody knows, of the model's own code
+        if not folder.is_dir() or "trust_remote_code" in str(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder / 'config.json'} can't be read: {type(error).__name__} {reason}") from error
 
 
 def _attention(auto, config) -> str:
