@@ -240,7 +240,7 @@ def cases(folder: Path, policy: Path) -> dict[str, tuple]:
 
     def weights(model: Path):
         source = Checkpoint(model)
-        return {name: inspect_file(model / name, entries, lambda _: None) for name, entries in source.files.items()}
+        return {name: inspect_file(entries, (), lambda _: None) for name, entries in source.files.items()}
 
     valid = (policy / "model.safetensors").read_bytes()
     found["model.safetensors"] = in_model("model.safetensors", valid, of_bytes(valid) | of_safetensors(valid), weights)
