@@ -176,21 +176,28 @@ def described_merge(folder: Path) -> str:
 
 def model_index(name: str, record: dict, url: str) -> list[dict]:
     """evaluate.py's metrics.json `record` as the `model-index` of a card; `url` is where the record can be read."""
-    arguments, results = record["arguments"], []
+    from huggingface_hub import EvalResult  # here: a merge writes its card without
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    arguments = record["arguments"]
     pairs = Path(arguments.get("pairs") or "molecule-captions")  # a file, or the name of a data set
-    for direction, part in record["directions"].items():
-        dataset = {"name": pairs.name, "config": direction, "split": arguments.get("split") or "test"}
-        dataset["type"] = "molecule-captions" if pairs.exists() else str(pairs)
-        metrics = [
-            {
-                "type": key,
-                "value": entry["value"],
-                "name": entry.get("label", key),
-                "args": {"convention": entry["convention"]},
-            }
-            for key, entry in part["metrics"].items()
-            if "value" in entry and "/" not in key  # METRIC/CATEGORY are in the record
-        ]
-        task = {"type": "translation", "name": direction}
-        results.append({"task": task, "dataset": dataset, "metrics": metrics, "source": {"name": "LMolT", "url": url}})
-    return [{"name": name, "results": results}]
+    results = [
+        EvalResult(
+            task_type="translation",
+            task_name=direction,
+            dataset_type="molecule-captions" if pairs.exists() else str(pairs),
+            dataset_name=pairs.name,
+            dataset_config=direction,
+            dataset_split=arguments.get("split") or "test",
+            metric_type=key,
+            metric_name=entry.get("label", key),
+            metric_value=entry["value"],
+            metric_args={"convention": entry["convention"]},
+            source_name="LMolT",
+            source_url=url,
+        )
+        for direction, part in record["directions"].items()
+        for key, entry in part["metrics"].items()
+        if "value" in entry and "/" not in key  # METRIC/CATEGORY are in the record
+    ]
+    return eval_results_to_model_index(name, results)

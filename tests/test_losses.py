@@ -78,6 +78,22 @@ def test_shares_of_a_split_batch_add_up():
     assert sum(shares).item() == pytest.approx(whole.item())
 
 
+def test_cpo_over_sequences_adds_up_over_a_split_batch():
+    whole = losses.cpo(*tensors(W, L, TOKENS), nll="sequence")
+    counts = {"num_pairs": 3, "num_tokens": sum(TOKENS), "nll": "sequence"}
+    shares = [losses.cpo(*tensors(W[i], L[i], TOKENS[i]), **counts) for i in (slice(0, 1), slice(1, 3))]
+    assert sum(shares).item() == pytest.approx(whole.item(), rel=1e-12)
+
+
+def test_kto_pair_has_a_gradient_through_the_other_kinds_mean():
+    """One triple at the reference, r_l = 0.5: d/dr_l of (1 - s(r_w - r_l) + 1 - s(0 - r_l)) / 2, beta 1."""
+    chosen, rejected, reference = tensors([0.0], [0.5], [0.0])
+    rejected.requires_grad_()
+    losses.kto_pair(chosen, rejected, reference, reference, beta=1.0).backward()
+    slope = sigmoid(-0.5) * (1 - sigmoid(-0.5))
+    assert rejected.grad.item() == pytest.approx((slope + slope) / 2, rel=1e-12)
+
+
 def test_at_the_reference_dpo_is_log_two():
     assert losses.dpo(*tensors(W, L, W, L)).item() == pytest.approx(math.log(2))
 

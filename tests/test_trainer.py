@@ -119,6 +119,16 @@ def test_kto_z_is_the_mean_log_ratio_of_mismatched_pairs(tiny_policy, few_triple
     assert z > 1 and z == pytest.approx(sum(ratios) / len(ratios), rel=1e-5)
 
 
+def test_a_step_is_normalised_by_its_pairs_and_preferred_tokens(tiny_policy, few_triples, tmp_path):
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path, per_device_train_batch_size=4)
+    micro = list(trainer.get_train_dataloader())[:2]
+    encode = lambda text: trainer.processing_class(text, add_special_tokens=False)["input_ids"]
+    chosen = {triple["id"]: triple["chosen"] for triple in few_triples}
+    tokens = sum(len(encode(chosen[e.id])) + 1 for batch in micro for e in batch.examples)  # and the EOS
+    found = trainer._normalisers(micro)
+    assert (found["num_pairs"].item(), found["num_tokens"].item(), found["z"].item()) == (8, tokens, 0)
+
+
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_margins_are_zero_before_the_first_step(loss, tiny_policy, few_triples, tmp_path):
     trainer = make_trainer(tiny_policy, few_triples, tmp_path, loss=loss, per_device_train_batch_size=8)
