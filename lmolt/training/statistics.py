@@ -168,18 +168,22 @@ def plot_run(log_history: list[dict], path: Path) -> None:
         logger.warning("no plot of the run: %s", error)
         return
     panels = ["loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.8), layout="constrained")
-    for axis, panel in zip(axes, panels, strict=True):
+    colours = dict(zip(("loss", *DIRECTIONS), ("#000000", "#0072B2", "#D55E00"), strict=True))
+    figure, axes = plt.subplots(2, 3, figsize=(10.5, 6), layout="constrained")
+    handles = {}
+    for axis, panel in zip(axes.flat, panels, strict=False):
         names = [panel] if panel == "loss" else [f"{direction}/{panel}" for direction in DIRECTIONS]
         for name in names:
             for prefix, style in (("", "-"), ("eval_", "o--")):
                 points = [(row["step"], row[prefix + name]) for row in log_history if prefix + name in row]
                 if points:
-                    label = f"{'held out ' if prefix else ''}{name.split('/')[0]}"
-                    axis.plot(*zip(*points, strict=True), style, ms=4, label=label)
+                    what = name.split("/")[0]
+                    label = f"{'held out ' if prefix else ''}{what}"
+                    (handles[label],) = axis.plot(*zip(*points, strict=True), style, ms=4, color=colours[what])
         unit = " (nats a token)" if panel.startswith("logps") else ""
         axis.set(title=panel + unit, xlabel="optimizer step")
-        if axis.lines:
-            axis.legend(fontsize=7)
+        axis.grid(color="#E4E4E4", linewidth=0.6)
+    axes.flat[-1].axis("off")  # one legend for all, where it hides no curve
+    axes.flat[-1].legend(handles.values(), handles.keys(), loc="center left", frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
