@@ -141,6 +141,10 @@ def test_the_page_in_a_browser(compared, tmp_path):
     const values = () => [...table.tBodies[0].rows].map(r => Number(r.cells[column].dataset.value));
     table.tHead.rows[0].cells[column].click(); found.down = values();
     table.tHead.rows[0].cells[column].click(); found.up = values();
+    const own = [...document.querySelectorAll("table.conventions")].find(t => t.textContent.includes("Entailment"));
+    const value = own.tHead.rows[0].cells[1];
+    const last = () => [...own.tBodies[0].rows].slice(-2).map(r => r.cells[1].textContent);
+    value.click(); found.absent = last(); value.click(); found.absent.push(...last());
     byId("theme").click(); found.theme = document.documentElement.dataset.theme;
     const box = document.createElement("pre");
     box.id = "found"; box.textContent = JSON.stringify(found); document.body.append(box);
@@ -159,6 +163,7 @@ def test_the_page_in_a_browser(compared, tmp_path):
     assert found["drawn"] >= 2
     assert found["down"] == sorted(found["down"], reverse=True) and found["up"] == sorted(found["up"])
     assert found["down"][0] == pytest.approx(5 / 6)
+    assert found["absent"] == ["absent"] * 4  # last, whichever way is up
     assert found["theme"] in ("dark", "light")
 
 
@@ -191,7 +196,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     assert "o.tsv" in done.stderr and "C1CC" in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "metrics.json").exists()
 
 
 def test_a_place_that_cannot_be_written_to_is_found_first(evaluate, tmp_path):
@@ -336,10 +341,10 @@ def test_a_sequence_to_sequence_model_and_a_quantised_one(evaluate, tiny_policy,
         outputs("--model", tmp_path / "t5", "--load_in_4bit")
 
 
-def test_sources_without_references_and_the_round_trip(script, tiny_policy, tmp_path):
+def test_sources_without_references_and_the_round_trip(evaluate, tiny_policy, tmp_path):
     """A list of SMILES in; captions and what needs no gold out, in a report without a page of zeros."""
     (tmp_path / "smiles.txt").write_text("".join(f"{molecule}\n" for molecule, _ in PAIRS))
-    script("--model", tiny_policy, "--pairs", tmp_path / "smiles.txt", "--no_references", "--directions", MOL2CAP,
+    evaluate("--model", tiny_policy, "--pairs", tmp_path / "smiles.txt", "--no_references", "--directions", MOL2CAP,
            "--round_trip", "--max_new_tokens", 4, "--n_bootstrap", 20, "--output", tmp_path / "out")  # fmt: skip
     record = json.loads((tmp_path / "out" / "metrics.json").read_text())["directions"][MOL2CAP]
     assert record["counts"]["no_reference"] == 6 and record["counts"]["truncated"] > 0
@@ -353,10 +358,10 @@ def test_sources_without_references_and_the_round_trip(script, tiny_policy, tmp_
     assert "returned" in rows[0] and "BLEU" not in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_outputs_alone_are_scored_by_what_needs_nothing_else(script, tmp_path):
+def test_outputs_alone_are_scored_by_what_needs_nothing_else(evaluate, tmp_path):
     (tmp_path / "o.txt").write_text("CCO\nC(\n\nCCN extra\nCCO\n")
     (tmp_path / "known.csv").write_text("molecule\nOCC\n")
-    script("--predictions", tmp_path / "o.txt", "--direction", CAP2MOL, "--no_references", "--n_bootstrap", 20,
+    evaluate("--predictions", tmp_path / "o.txt", "--direction", CAP2MOL, "--no_references", "--n_bootstrap", 20,
            "--novelty", tmp_path / "known.csv", "--output", tmp_path / "out")  # fmt: skip
     record = json.loads((tmp_path / "out" / "metrics.json").read_text())["directions"][CAP2MOL]
     values = {key: entry["value"] for key, entry in record["metrics"].items() if "value" in entry}
@@ -369,18 +374,18 @@ def test_outputs_alone_are_scored_by_what_needs_nothing_else(script, tmp_path):
     assert record["counts"]["text_after_prediction"] == 1
 
 
-def test_a_comparison_leaves_out_by_name_what_was_scored_under_other_conventions(script, evaluated, tmp_path):
+def test_a_comparison_leaves_out_by_name_what_was_scored_under_other_conventions(evaluate, evaluated, tmp_path):
     rows = [row for row in read_table(evaluated / "1.jsonl") if row["direction"] == CAP2MOL]
     write_table(rows, tmp_path / "p.jsonl")
     for name, more in (("a", ()), ("b", ("--chrf_threshold", 0.9))):
-        script("--predictions", tmp_path / "p.jsonl", "--direction", CAP2MOL, "--output", tmp_path / name,
+        evaluate("--predictions", tmp_path / "p.jsonl", "--direction", CAP2MOL, "--output", tmp_path / name,
                "--n_bootstrap", 20, "--no_fcd", *more)  # fmt: skip
-    script("--compare", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "ab", "--n_bootstrap", 20)
+    evaluate("--compare", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "ab", "--n_bootstrap", 20)
     tested = {row["Metric"] for row in read_table(tmp_path / "ab" / "table9_cap2mol_tests.csv")}
     assert "Chr-F" in tested and "Wins" not in tested
     assert "Wins was scored under several conventions" in (tmp_path / "ab" / "report.md").read_text()
 
 
-def test_one_file_a_direction(tmp_path, script):
+def test_one_file_a_direction(tmp_path, evaluate):
     with pytest.raises(ValueError, match="a direction's outputs are one file"):
-        script("--predictions", "a.txt", "b.txt", "--direction", CAP2MOL, CAP2MOL, "--output", tmp_path / "o")
+        evaluate("--predictions", "a.txt", "b.txt", "--direction", CAP2MOL, CAP2MOL, "--output", tmp_path / "o")
