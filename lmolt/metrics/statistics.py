@@ -90,8 +90,8 @@ def interval(values: np.ndarray, level: float = 0.95) -> list[float] | None:
 def confidence_interval(resampled: Resampled, level: float = 0.95) -> list[float] | None:
     """From the lower to the higher bound of the percentile interval and the bootstrap-t interval (Efron 1981).
 
-    Each alone holds the truth too seldom where few rows weigh much: the edit distance of 200 outputs, some of which run
-    on, in 92 and 93 of 100 samples; both together in 94 (benchmarks/coverage.py, docs/metrics.md). None where no
+    Percentiles alone hold the truth too seldom where few rows weigh much, as in the edit distance of outputs some of
+    which run on; BCa is no better there, and worse for BLEU (benchmarks/coverage.py, docs/metrics.md). None where no
     resample defines the statistic.
     """
     bounds = interval(resampled.values, level)
