@@ -6,6 +6,7 @@
 #   ./launch.sh train [ARGS]   scripts/train_pref.py on every GPU of this machine, or on its CPU
 #   ./launch.sh paper [ARGS]   the paper's Tables 1 to 4: --dry_run prints plan and commands; --scale demo, on a CPU
 #   ./launch.sh bench          all benchmarks, side by side with their peers
+#   ./launch.sh bench-gpu [PART...]    what a GPU has to tell, in parts (benchmarks/gpu.py); on a CPU at a toy scale
 #
 # Each first makes .venv with what requirements.txt pins, the tests with requirements-test.txt's too (VENV=FOLDER: uses
 # that one as it is). Finished stages of the demo are skipped; a stage that was killed goes on where it was. Where
@@ -182,9 +183,11 @@ case ${1:-demo} in
     bench)
         set_up benchmarks/requirements.txt && mkdir -p runs/bench
         for benchmark in benchmarks/*.py; do
+            [[ $benchmark != benchmarks/gpu.py ]] || continue
             echo "== $benchmark"
             python "$benchmark" --json "runs/bench/$(basename "$benchmark" .py).json"
         done
         ;;
-    *) sed -n '2,17s/^# \{0,1\}//p' "$0" && exit 2 ;;
+    bench-gpu) set_up && shift && python benchmarks/gpu.py "$@" ;;
+    *) sed -n '2,18s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

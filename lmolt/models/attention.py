@@ -419,7 +419,7 @@ def _flex(query, key, value, mask, *, scaling=None, dropout=0.0, s_aux=None, sof
         enable_gqa=query.shape[1] != key.shape[1], return_lse=True,
     )  # fmt: skip
     if s_aux is not None:  # a key without value: it takes its share of each query's weight
-        out = out * torch.sigmoid(lse - s_aux.view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
+        out = (out.float() * torch.sigmoid(lse - s_aux.view(1, -1, 1)).unsqueeze(-1)).to(out.dtype)
     return out.transpose(1, 2).contiguous()
 
 
@@ -463,20 +463,23 @@ def time_forms(
     return timed, results
 
 
-def faster_form(config, tree) -> tuple[str, dict[str, float | str]]:
-    """ "tiles" or "flex", whichever takes less time on `tree.device` for one layer of a text model; and the ms of both.
+def faster_form(model, tree) -> tuple[str, dict[str, float | str]]:
+    """The faster of "tiles" and "flex" on `tree.device` for one layer of a model, and the ms of both.
 
-    FlexAttention where it can't be compiled, or knows not what the model asks for, is told in place of its time.
+    FlexAttention only where it was seen to be right on a GPU: full and sliding layers, without sinks, soft cap or
+    dropout of weights; where it compiles; and where it gives the numbers of the tiles here and now.
     """
+    config = model.config.get_text_config()
+    unfit = [name for name in ("attn_logit_softcapping", "attention_dropout") if getattr(config, name, None)]
+    unfit += ["sinks"] * any("sinks" in name for name, _ in model.named_parameters())
+    unfit += ["attention_chunk_size"] * any(chunk for _, chunk in layer_kinds(config).values())
+    if unfit:
+        return "tiles", {"flex": f"not with the model's {', '.join(unfit)}"}
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shape = heads, getattr(config, "num_key_value_heads", None) or heads, size
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    for name in ("attn_logit_softcapping", "attention_dropout"):
-        if getattr(config, name, None):
-            return "tiles", {"flex": f"not with the model's {name}"}
     try:
-        timed, results = time_forms(tree, *shape, dtype)
+        timed, results = time_forms(tree, heads, getattr(config, "num_key_value_heads", None) or heads, size, dtype)
     except Exception as error:  # whatever a compiler may say: the tiles do without it
         return "tiles", {"flex": f"{type(error).__name__}: {error}"[:200]}
     timed = {form: 1000 * seconds for form, seconds in timed.items()}

@@ -11,6 +11,7 @@ import logging
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
@@ -34,7 +35,7 @@ def cache_key(identity: dict, examples: list[Example]) -> str:
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for example in examples:
         for ids in (example.prompt, example.chosen, example.rejected, example.mismatched):
-            digest.update(len(ids).to_bytes(4, "little") + b"".join(int(i).to_bytes(4, "little") for i in ids))
+            digest.update(len(ids).to_bytes(4, "little") + np.asarray(ids, "<i4").tobytes())
     return digest.hexdigest()
 
 

@@ -127,7 +127,7 @@ class PreferenceTrainer(Trainer):
             first = next(iter(self.get_train_dataloader().batch_sampler))
             examples = [self.train_dataset.examples[index] for index, _ in first]
             packed = build_tree([(e.prompt, ids) for e in examples for ids in (e.chosen, e.rejected) if len(ids)])
-            found = [faster_form(self.model.config.get_text_config(), packed.to(self.args.device))]
+            found = [faster_form(self.model, packed.to(self.args.device))]
         self.attention, self.attention_ms = broadcast_object_list(found)[0]
 
     # --- batches
