@@ -130,7 +130,8 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
     rounded &= 1
     rounded += bits
     rounded += 0x7FFF
-    return rounded.view(np.uint16)[1::2].copy()  # the upper half, of a little-endian machine
+    rounded >>= 16
+    return rounded.astype(np.uint16)
 
 
 def encode_at_random(values: np.ndarray, dtype: str, random: np.random.Generator) -> np.ndarray:
