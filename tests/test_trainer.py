@@ -1,5 +1,6 @@
 """Training: one gradient however a step is split, every row once an epoch, resume to the bit, collapse seen."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -127,6 +128,14 @@ def test_a_step_is_normalised_by_its_pairs_and_preferred_tokens(tiny_policy, few
     tokens = sum(len(encode(chosen[e.id])) + 1 for batch in micro for e in batch.examples)  # and the EOS
     found = trainer._normalisers(micro)
     assert (found["num_pairs"].item(), found["num_tokens"].item(), found["z"].item()) == (8, tokens, 0)
+
+
+def test_a_micro_batch_that_is_not_live_adds_nothing(tiny_policy, few_triples, tmp_path):
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path, per_device_train_batch_size=4)
+    batch = next(iter(trainer.get_train_dataloader()))
+    normalisers = trainer._normalisers([batch])
+    loss, sums = trainer._forward(trainer.model, dataclasses.replace(batch, live=False), **normalisers)
+    assert loss.item() == 0 and loss.requires_grad and not sums.any()
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
