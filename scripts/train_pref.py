@@ -43,9 +43,10 @@ from lmolt.models.adapters import check_made_for
 from lmolt.prompts import COLUMNS
 from lmolt.recipes import apply_recipe, describe_unknown
 from lmolt.training import batches, checkpoints, identity
-from lmolt.training.arguments import PreferenceArguments, build_parser, show_all
+from lmolt.training.arguments import PreferenceArguments
 from lmolt.training.flags import REFUSED
 from lmolt.training.losses import LOSSES
+from lmolt.training.parser import build_parser, show_all
 from lmolt.training.saving import save_finished
 from lmolt.training.statistics import best_is_greater
 from lmolt.training.trainer import PreferenceTrainer

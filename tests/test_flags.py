@@ -6,7 +6,8 @@ import pytest
 from transformers import TrainingArguments
 
 from lmolt.training import flags, identity
-from lmolt.training.arguments import OWN, PreferenceArguments, build_parser, show_all
+from lmolt.training.arguments import PreferenceArguments
+from lmolt.training.parser import OWN, build_parser, show_all
 
 NAMES = {field.name for field in dataclasses.fields(TrainingArguments)}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lmolt.recipes import Parser, apply_recipe
-from lmolt.training.arguments import build_parser
+from lmolt.training.parser import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
