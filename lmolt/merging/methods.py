@@ -155,6 +155,7 @@ def merge_tensor(
         threshold = 0.9995 if recipe.method == "slerp" else 1 - 1e-15
         *factors, record["linear"] = slerp_coefficients(inner[:2, :2], shares[1], threshold)
         combine, whole = (lambda pieces: weighted_sum(pieces, factors)), sum(factors)
+        record["factors"] = list(factors)
     else:
         factors, whole = shares, sum(shares)
 

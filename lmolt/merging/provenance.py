@@ -22,14 +22,16 @@ def summarise(records: list[dict], dtype: str, origin: str | None) -> dict:
     """
     merged = [record for record in records if "inner" in record]
     count = len(merged[0]["shares"])
-    tensors, sums, wanted = {}, np.zeros_like(np.array(merged[0]["fit"])), 0.0
+    tensors, sums, wanted, exact = {}, np.zeros_like(np.array(merged[0]["fit"])), 0.0, 0.0
     for record in merged:
         fit, inner, share = np.array(record["fit"]), np.array(record["inner"]), np.array(record["shares"])
         sums += fit
+        factors = np.array(record.get("factors", record["shares"]))  # SLERP's, by the angle
         wanted = wanted + fit[:-1, :-1] @ share[count - len(fit) + 1 :]
+        exact = exact + fit[:-1, :-1] @ factors[count - len(fit) + 1 :]
         row = {
             "asked": record["shares"],
-            "effective_weights": complete(effective_weights(fit), share),
+            "effective_weights": complete(effective_weights(fit), factors),
             "equal_to_first": record["equal"] / max(1, record["looked"]),
             "cosines": cosines(inner),
         }
@@ -40,20 +42,25 @@ def summarise(records: list[dict], dtype: str, origin: str | None) -> dict:
             row["treated_as_linear"] = record["linear"]
         tensors[record["tensor"]] = row
     everything = sum(np.array(record["inner"]) for record in merged)
-    mean = np.average([record["shares"] for record in merged], axis=0, weights=[r["size"] + 1e-9 for r in merged])
-    asked_fit = sums.copy()
+    sizes = [record["size"] + 1e-9 for record in merged]
+    mean = np.average([record["shares"] for record in merged], axis=0, weights=sizes)
+    worked = np.average([record.get("factors", record["shares"]) for record in merged], axis=0, weights=sizes)
+    asked_fit, exact_fit = sums.copy(), sums.copy()
     asked_fit[-1, :-1] = asked_fit[:-1, -1] = wanted
+    exact_fit[-1, :-1] = exact_fit[:-1, -1] = exact
     total = {
         "tensors": len(records),
         "values": sum(record["size"] for record in records),
         "asked_weights": complete(effective_weights(asked_fit), mean) or mean.tolist(),
-        "effective_weights": complete(effective_weights(sums), mean),
+        "effective_weights": complete(effective_weights(sums), worked),
         "fitted_as": f"deltas from {origin or 'the first model'}, stored as {dtype}",
         "equal_to_first": sum(r["equal"] for r in merged) / max(1, sum(r["looked"] for r in merged)),
         "cosines": cosines(everything),
     }
     if copied := len(records) - len(merged):
         total["buffers_copied_from_the_first"] = copied
+    if "factors" in merged[0] and not np.allclose(mean, worked, rtol=0.01):
+        total["unrounded_weights"] = complete(effective_weights(exact_fit), worked)
     if "linear" in merged[0]:
         total["slerp_tensors_treated_as_linear"] = sum(record["linear"] for record in merged)
     if "conflicts" in merged[0]:
@@ -110,7 +117,7 @@ def warnings(lineage: dict) -> list[str]:
     if off(exact, asked):
         said.append(
             f"asked for {ratio(asked)}, and {lineage['arguments']['method']} makes {ratio(exact)} of it: trimming, "
-            "votes and normalisation (docs/merging.md)"
+            "votes and normalisation, or the angle (docs/merging.md)"
         )
     if off(stored, exact):
         said.append(
