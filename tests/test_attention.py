@@ -78,7 +78,7 @@ def test_each_kind_of_layer_sees_what_it_sees_in_a_plain_row(name):
     assert (packed - truth).abs().max() < 1e-4
     assert (padded_logps(tree, sequences) - truth).abs().max() < 1e-4
     if DEVICE == "cuda" and name in ("soft cap", "chunks"):
-        return  # torch 2.11's compiler fails on these, and `faster_form` doesn't choose it there
+        return  # torch 2.11 doesn't compile a soft cap, and `faster_form` chooses neither
     with torch.no_grad():
         assert (tree_logps(tree, build_tree(sequences).to(DEVICE), attention="flex") - truth).abs().max() < 1e-4
     gradients = []
