@@ -49,6 +49,14 @@ STYLES["chem_llm"] = {
 }
 
 
+CHAT = "<|im_start|>"  # a template that begins with it is written in special tokens
+
+# Models that were tuned on prompt and output as one text, and the end of that prompt. Behind it SentencePiece's Llama
+# writes an output's first word without the blank that it has alone: `:` `CC` and not `:` `▁CC`. Their prompts are
+# encoded as ever: prompt ids are the same in both.
+JOINED = {"meditron": "### Response:"}
+
+
 def build_prompt(direction: str, source: str, style: str = "paper") -> str:
     """The prompt for one source text, in a style of `STYLES`; `ValueError` on an unknown direction or style."""
     if style not in STYLES:
@@ -62,14 +70,53 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """Token ids of a prompt: exactly one BOS where the tokenizer has one, and no EOS.
 
     Prompt and output are tokenized apart and their ids concatenated, so that no merge crosses the boundary and
-    training sees the very ids that generation starts from.
+    training sees the very ids that generation starts from. What reads like a special token in a text is text.
     """
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = _encode_text(tokenizer, prompt, chat=prompt.startswith(CHAT))
     return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
 
 
-def encode_output(tokenizer, output: str) -> list[int]:
-    """Token ids of an output with exactly one EOS at its end. The EOS is scored like any other token."""
+def encode_output(tokenizer, output: str, style: str = "paper") -> list[int]:
+    """Token ids of an output with exactly one EOS at its end. The EOS is scored like any other token.
+
+    In a style of `JOINED` the output's first token is the one it has behind the prompt's last line in one text.
+    """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json")
-    return [*tokenizer(output, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids = _encode_text(tokenizer, output)
+    if style in JOINED:
+        before = _encode_text(tokenizer, JOINED[style])
+        joined = _encode_text(tokenizer, JOINED[style] + output)
+        if joined[: len(before)] == before:  # else a merge crosses the boundary, and there is no such first token
+            ids = joined[len(before) :]
+    return [*ids, tokenizer.eos_token_id]
+
+
+def encode_source(tokenizer, source: str) -> list[int]:
+    """Token ids of an encoder's input, as its tokenizer frames them (T5: one EOS at the end)."""
+    special, frame = _special(tokenizer), len(tokenizer("")["input_ids"])
+    for options in ({}, {"split_special_tokens": True}):
+        ids = tokenizer(source, **options)["input_ids"]
+        if sum(map(special.__contains__, ids)) <= frame:
+            return ids
+    raise ValueError(
+        f"the text {source[:80]!r} holds a special token that this tokenizer can't read as text; remove it"
+    )
+
+
+def _encode_text(tokenizer, text: str, chat: bool = False) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    special = _special(tokenizer)
+    if not chat and not special.isdisjoint(ids):
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if not special.isdisjoint(ids):
+            found = tokenizer.convert_ids_to_tokens(next(iter(special.intersection(ids))))
+            raise ValueError(
+                f"the text {text[:80]!r} holds {found!r}, which this tokenizer can't read as text; remove it"
+            )
+    return ids
+
+
+def _special(tokenizer) -> set[int]:
+    """Ids of the tokens that begin, end, pad or mask; an unknown token stands for a text that there is."""
+    return set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}

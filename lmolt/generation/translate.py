@@ -31,8 +31,8 @@ from lmolt.generation.journal import Journal, read_journal
 from lmolt.generation.server import Server, is_server
 from lmolt.models.adapters import load_adapter
 from lmolt.models.loading import check_model_folder, load_base, load_seq2seq, load_tokenizer, read_config
-from lmolt.models.tokenizers import Reader, tokenizer_identity
-from lmolt.prompts import build_prompt, encode_prompt
+from lmolt.models.tokenizers import Reader, check_texts, tokenizer_identity
+from lmolt.prompts import build_prompt, encode_prompt, encode_source
 
 
 def process_state() -> PartialState:
@@ -104,10 +104,19 @@ def prompts_for(config, direction: str, sources: Iterable[str], style: str = "au
     return [build_prompt(direction, source) for source in sources]
 
 
+CHARACTERS = 20_000  # a longer source is no molecule or caption, and one row of it may fill a machine's memory
+
+
 def over_limit(config, tokenizer, prompts: list[str], max_new_tokens: int) -> dict[int, int]:
     """Tokens of each prompt (by index) that, with `max_new_tokens` where the model is causal, has more of them than the
-    model has positions. T5's are relative: it has no limit."""
-    limit = getattr(config, "max_position_embeddings", None)
+    model has positions. T5's are relative: it has no limit. `ValueError` for a text of over 20,000 characters."""
+    for row, prompt in enumerate(prompts, 1):
+        if len(prompt) > CHARACTERS:
+            raise ValueError(
+                f"prompt {row} of {len(prompts)} ({prompt[:80]!r} ...) has {len(prompt):,} characters, over "
+                f"{CHARACTERS:,}: no molecule or caption is so long; leave such rows out"
+            )
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is None:
         return {}
     new = 0 if config.is_encoder_decoder else max_new_tokens
@@ -119,10 +128,11 @@ def over_limit(config, tokenizer, prompts: list[str], max_new_tokens: int) -> di
 
 def refuse_over_limit(config, prompts: list[str], over: dict[int, int], max_new_tokens: int) -> None:
     """`ValueError` on the first of the prompts that `over_limit` found, with what to do."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     for row, length in over.items():
         raise ValueError(
             f"prompt {row + 1} of {len(prompts)} (... {prompts[row][-80:]!r}) takes {length} tokens; with "
-            f"{max_new_tokens} new ones that is over the model's {config.max_position_embeddings} positions, as are "
+            f"{max_new_tokens} new ones that is over the model's {limit} positions, as are "
             f"{len(over) - 1} others; lower --max_new_tokens or leave such rows out"
         )
 
@@ -203,6 +213,8 @@ def translate(
     over = over_limit(model.config, tokenizer, prompts, max_new_tokens)
     if too_long == "error":
         refuse_over_limit(model.config, prompts, over, max_new_tokens)
+    encoded = [(prompt, rows[key]) for prompt, key in zip(prompts, keys, strict=True)]
+    seen_in = check_texts(tokenizer, model.config, "prompts", encoded, lambda line: say(f"{progress} {line}".strip()))
     outputs = {keys[row]: [("", 0, False)] * (num_return == 1) for row in over}
     if outputs:
         say(f"{progress}: {len(outputs)} prompts are over the model's positions; their outputs are empty")
@@ -259,7 +271,8 @@ def translate(
     if with_unk:
         say(f"{progress}: {with_unk} of {len(keys)} outputs have tokens without a text, read as {unk!r}")
     if counts is not None:
-        counts["unk_in_output"] += with_unk
+        counts["unk_in_outputs"] += with_unk
+        counts["unk_in_prompts"] += seen_in["unk_in_prompts"]
         counts["truncated"] += truncated
     return [texts[0] for texts in found] if num_return == 1 else found
 
@@ -268,7 +281,7 @@ def translate(
 
 
 def _encode(config, tokenizer, prompt: str) -> list[int]:
-    return tokenizer(prompt)["input_ids"] if config.is_encoder_decoder else encode_prompt(tokenizer, prompt)
+    return encode_source(tokenizer, prompt) if config.is_encoder_decoder else encode_prompt(tokenizer, prompt)
 
 
 def _common_prefix(rows: Iterable[list[int]]) -> list[int]:

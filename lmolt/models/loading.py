@@ -20,6 +20,7 @@ from lmolt.files import read_json
 from lmolt.models.adapters import load_adapter
 from lmolt.models.attention import TREE
 from lmolt.models.self_check import takes_attention
+from lmolt.models.tokenizers import check_tokenizer
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"}  # as PEFT knows the parts of an expert
@@ -71,7 +72,23 @@ def check_adapter_folder(name: str) -> None:
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False):
-    """The tokenizer of a folder or Hub id; `ValueError` names a damaged file."""
+    """The tokenizer of a folder or Hub id, checked against the model's config; `ValueError` names a damaged file.
+
+    Where it names no EOS (Galactica), the config's ends outputs.
+    """
+    config = read_config(name, revision, trust_remote_code)
+    tokenizer = _read_tokenizer(name, revision, trust_remote_code)
+    end = config.get_text_config(decoder=True).eos_token_id
+    if tokenizer.eos_token_id is None and end is not None:
+        token = tokenizer.convert_ids_to_tokens(end[0] if isinstance(end, list) else end)
+        if token is not None:
+            tokenizer.eos_token = token
+            say(f"{name}: its tokenizer names no EOS; {token!r}, which its config.json names, ends outputs")
+    check_tokenizer(tokenizer, config, name)
+    return tokenizer
+
+
+def _read_tokenizer(name: str, revision: str | None, trust_remote_code: bool):
     folder = Path(name)
     files = [file for file in ("tokenizer.json", "tokenizer_config.json") if (folder / file).is_file()]
     for file in files:
@@ -106,8 +123,12 @@ def load_base(name: str, *, revision=None, load_in_4bit=False, dtype=torch.bfloa
         kwargs["device_map"] = {"": torch.cuda.current_device()}  # else each process fills the machine's memory first
     kwargs |= {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype}
     model = _load(AutoModelForCausalLM, name, config, _attention(AutoModelForCausalLM, config), **kwargs)
-    if load_in_4bit and not any(type(module).__name__ == "Linear4bit" for module in model.modules()):
+    quantised = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    if load_in_4bit and not quantised:
         raise ValueError(f"{name!r} ({config.model_type}) has no linear layer to quantise; use --load_in_4bit false")
+    for module in quantised:
+        if module.in_features % 64 or module.out_features % 64:
+            module.support_avx512bf16_for_cpu = False  # bitsandbytes' kernel for it fails on such sizes
     return model
 
 

@@ -24,6 +24,7 @@ from lmolt.models.tree import build_tree, padded_logps, tree_logps
 FACTOR = 8.0
 LONGEST = 1024  # tokens of a sequence that is made longer than a window, where the data's are shorter
 FLOOR = 1e-3  # nats a sequence: an SSM's scan in chunks and its steps one by one differ by so much in fp32
+FAILURES = (RuntimeError, TypeError, KeyError, IndexError, AttributeError, AssertionError)  # of a model's code
 Sequences = list[tuple[list[int], list[int]]]
 
 
@@ -88,10 +89,18 @@ def choose_scoring(model, sequences: Sequences, packing: str, device, context, s
     `context` is the precision that training computes in. Where the numbers of neither hold, the model's own eager
     attention is set, and then `ValueError`. `say` tells what was compared, and why a way was left.
     """
-    with context():
-        known = plain(model, sequences)
-        refuse_if_later_tokens_count(model, sequences, known)
     inner = inner_model(model)
+    try:
+        with context():
+            known = plain(model, sequences)
+            refuse_if_later_tokens_count(model, sequences, known)
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:  # such as a state-space layer that reads its weight, which NF4 packs
+        raise ValueError(
+            f"{inner.config.model_type} can't be run as it is loaded: {type(error).__name__} {str(error)[:200]}; "
+            "with --load_in_4bit false it may"
+        ) from error
     if packing == "tree" and (reason := why_not_tree(inner)):
         say(f"{inner.config.model_type}: {reason}; rows are padded instead of packed into trees")
         packing = "padded"
@@ -104,7 +113,7 @@ def choose_scoring(model, sequences: Sequences, packing: str, device, context, s
                 logps = score(model, sequences, way, device)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        except (ValueError, *FAILURES) as error:
             say(f"self-check: {way} rows: {type(error).__name__}: {str(error)[:200]}; not used")
             continue
         found = known.compare(f"{way.replace('tree', 'tree-packed')} scoring", logps)

@@ -1,0 +1,127 @@
+"""Tokenizers in the layouts that checkpoints have: real SentencePiece models of Llama's and T5's kind."""
+
+import io
+import json
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer, LlamaConfig, T5Config
+
+from lmolt.models.loading import load_tokenizer
+from lmolt.models.tokenizers import Reader, check_texts, tokenizer_identity
+from lmolt.prompts import MOL2CAP, build_prompt, encode_output, encode_prompt, encode_source
+
+LINES = [
+    build_prompt(MOL2CAP, "CC(=O)Nc1ccc(O)cc1"),
+    "The molecule is an aromatic amine.",
+    "C/C=C/C",
+    "N[C@@H](C)C(=O)O",
+]
+LINES += ["CC CCC CCCC cccc c1ccccc1 [nH] O=C", "### Response:\nCC", "The molecule is a lipid."]
+
+
+def train(kind: str, size: int, **options) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in LINES * 20 for line in text.splitlines()),
+        model_writer=model, model_type=kind, vocab_size=size, minloglevel=2, character_coverage=1.0, **options,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    vocabulary = train("bpe", 400, byte_fallback=True, add_dummy_prefix=True, split_digits=True, **plain)
+    (folder / "tokenizer.model").write_bytes(vocabulary)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **special}))
+    LlamaConfig(vocab_size=400).save_pretrained(folder)
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("t5")
+    (folder / "spiece.model").write_bytes(train("unigram", 100, pad_id=0, eos_id=1, unk_id=2, bos_id=-1))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 100}))
+    T5Config(vocab_size=256).save_pretrained(folder)
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+def test_a_backslash_is_unknown_to_t5_counted_and_read_as_the_system_says(t5):
+    tokenizer, said = load_tokenizer(str(t5)), []
+    texts = [r"C/C=C\C", "C/C=C/C"]
+    ids = [encode_source(tokenizer, text) for text in texts]
+    counts = check_texts(tokenizer, T5Config(vocab_size=256), "sources", zip(texts, ids, strict=True), said.append)
+    assert counts["unk_in_sources"] == 1
+    assert said == [r"sources: 1 of 2 have characters that the tokenizer doesn't know (<unk>), such as 'C/C=C\\C'"]
+    assert Reader(tokenizer).texts(ids) == [("C/C=CC", 1), ("C/C=C/C", 0)]  # valid SMILES, its stereo gone
+    assert Reader(tokenizer, "\\").texts(ids) == [(r"C/C=C\C", 1), ("C/C=C/C", 0)]
+    assert Reader(tokenizer, "\\").texts([[9_000, *ids[1]]]) == [("\\ C/C=C/C", 1)]  # an id that has no token
+
+
+def test_a_folder_without_tokenizer_files_is_refused(t5, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text((t5 / "tokenizer_config.json").read_text())
+    T5Config(vocab_size=1632).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"its tokenizer has 10\d tokens and the model 1,632: tokenizer files"):
+        load_tokenizer(str(tmp_path))
+    T5Config(vocab_size=128).save_pretrained(tmp_path)  # no larger than what is made up
+    made_up = load_tokenizer(str(tmp_path))
+    rows = [(text, encode_source(made_up, text)) for text in LINES]
+    with pytest.raises(ValueError, match="prompts: no text comes back from the tokenizer as it went in"):
+        check_texts(made_up, T5Config(vocab_size=128), "prompts", rows, print)
+
+
+def test_ids_beyond_the_embeddings_are_refused_by_both_numbers(llama):
+    tokenizer = load_tokenizer(str(llama))
+    rows = [("CC", encode_prompt(tokenizer, "CC"))]
+    with pytest.raises(ValueError, match=r"texts: 'CC' has the token number \d+ and the model 9 embeddings"):
+        check_texts(tokenizer, LlamaConfig(vocab_size=9), "texts", rows, print)
+
+
+def test_what_reads_like_a_special_token_is_text_and_there_is_one_eos(llama, t5):
+    tokenizer = load_tokenizer(str(llama))
+    for text in ("CC</s>CC", "<s>CC", "CC</s>"):
+        ids = encode_output(tokenizer, text)
+        assert ids.count(tokenizer.eos_token_id) == 1 and tokenizer.bos_token_id not in ids
+        assert tokenizer.decode(ids[:-1]).replace(" ", "") == text
+        prompt = encode_prompt(tokenizer, text)
+        assert prompt.count(tokenizer.bos_token_id) == 1 and tokenizer.eos_token_id not in prompt
+    with pytest.raises(ValueError, match="'CC</s>CC' holds a special token that its tokenizer can't read as text"):
+        encode_source(load_tokenizer(str(t5)), "CC</s>CC")  # its pieces have it among them
+
+
+def test_a_jointly_tuned_style_writes_the_first_token_without_its_blank(llama):
+    tokenizer = load_tokenizer(str(llama))
+    word = lambda ids: tokenizer.convert_ids_to_tokens(ids[0])
+    apart, joined = encode_output(tokenizer, "CC CCC"), encode_output(tokenizer, "CC CCC", "meditron")
+    assert word(apart).startswith("▁") and not word(joined).startswith("▁")
+    prompt = build_prompt(MOL2CAP, "CCO", "meditron")
+    whole = encode_prompt(tokenizer, prompt + "CC CCC") + [tokenizer.eos_token_id]
+    assert encode_prompt(tokenizer, prompt) + joined == whole != encode_prompt(tokenizer, prompt) + apart
+
+
+def test_an_eos_that_only_the_config_names_ends_outputs(llama, tmp_path, capsys):
+    for name in ("tokenizer.model", "config.json"):
+        (tmp_path / name).write_bytes((llama / name).read_bytes())
+    (tmp_path / "model.safetensors").touch()
+    plain = AutoTokenizer.from_pretrained(llama)
+    plain.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert "its tokenizer names no EOS; '</s>', which its config.json names, ends outputs" in capsys.readouterr().out
+    assert encode_output(tokenizer, "CC")[-1] == 2
+
+
+def test_another_vocabulary_is_another_identity(llama, t5):
+    one, other = load_tokenizer(str(llama)), load_tokenizer(str(t5))
+    assert tokenizer_identity(one) == tokenizer_identity(load_tokenizer(str(llama))) != tokenizer_identity(other)
+    changed = load_tokenizer(str(llama))
+    changed.add_tokens(["[formula]"])
+    assert tokenizer_identity(changed) != tokenizer_identity(one)
