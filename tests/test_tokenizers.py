@@ -92,7 +92,7 @@ def test_what_reads_like_a_special_token_is_text_and_there_is_one_eos(llama, t5)
         assert tokenizer.decode(ids[:-1]).replace(" ", "") == text
         prompt = encode_prompt(tokenizer, text)
         assert prompt.count(tokenizer.bos_token_id) == 1 and tokenizer.eos_token_id not in prompt
-    with pytest.raises(ValueError, match="'CC</s>CC' holds a special token that its tokenizer can't read as text"):
+    with pytest.raises(ValueError, match="'CC</s>CC' holds a special token that this tokenizer can't read as text"):
         encode_source(load_tokenizer(str(t5)), "CC</s>CC")  # its pieces have it among them
 
 

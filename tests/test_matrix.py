@@ -1,0 +1,177 @@
+"""Every decoder class through loading, scoring, decoding and 4 bits, against plain eager attention, a row at a time.
+
+`python tests/test_matrix.py` prints the matrix that docs/models.md carries.
+"""
+
+import random
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from lmolt.generation import routes
+from lmolt.generation.decoding import Settings, decode, generate, read_prefix
+from lmolt.models import attention, loading, self_check, tree
+from lmolt.models.tree import build_tree, padded_logps, tree_logps
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+WITHIN = 1e-3  # nats a sequence
+NEW = 24
+_draw = random.Random(0)
+_ids = lambda n: [_draw.randrange(3, zoo.VOCABULARY) for _ in range(n)]
+INSTRUCTION, SEQUENCES = _ids(20), []
+for extra in (8, 15, 22):  # prompts that share an instruction, outputs that share a start, all longer than the window
+    prompt, start = INSTRUCTION + _ids(extra), _ids(4)
+    SEQUENCES += [(prompt, start + _ids(30) + [2]), (prompt, start + _ids(14) + [2])]
+PROMPTS = [prompt for prompt, _ in SEQUENCES[::2]]
+
+
+def truth(model, prompt, output):
+    """(log p(output | prompt), how far its tokens are below the likeliest at most), by one pass over one row."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + output]), use_cache=False).logits[0].double()
+    logits = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    taken = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+    return taken.sum().item(), (logits.amax(1) - taken).max().item()
+
+
+def scores(model, way):
+    with torch.no_grad():
+        return tree_logps(model, build_tree(SEQUENCES)) if way == "tree" else padded_logps(model, SEQUENCES)
+
+
+def decoded(model, way):
+    settings, logps = Settings(max_new_tokens=NEW), [0.0] * len(PROMPTS)
+    with torch.inference_mode():
+        if way == "prefix":
+            cache = read_prefix(model, INSTRUCTION)
+            rows = [row[len(INSTRUCTION) :] for row in PROMPTS]
+            options = {"prefix_cache": cache, "prefix_length": len(INSTRUCTION), "logps": logps}
+            return decode(model, [], rows, settings, [], **options), logps
+        if way == "batch":
+            return decode(model, [], PROMPTS, settings, [], logps=logps), logps
+        return generate(model, [], PROMPTS, settings, logps=logps, use_cache=way == "generate"), logps
+
+
+def cell(kind: str, folder: Path) -> str:
+    """The class's line of the matrix; an assertion fails where a way that is taken is wrong."""
+    zoo.save_tiny(kind, folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    expected = torch.tensor([truth(plain, *sequence)[0] for sequence in SEQUENCES], dtype=torch.float64)
+    assert plain(torch.tensor([SEQUENCES[0][0]])).logits.std() >= 1, "too blunt to show an error"
+
+    model, quiet = loading.load_base(str(folder), dtype=torch.float32), lambda _: None
+    packing = self_check.choose_scoring(model, SEQUENCES, "tree", "cpu", torch.no_grad, quiet)
+    assert (scores(model, packing) - expected).abs().max() < WITHIN
+    assert (scores(model, "padded") - expected).abs().max() < WITHIN
+
+    model = loading.load_base(str(folder), dtype=torch.float32)
+    way = routes.choose(model, PROMPTS, len(INSTRUCTION), Settings(max_new_tokens=NEW), quiet, False)
+    for prompt, output, logp in zip(PROMPTS, *decoded(model, way), strict=True):
+        found, below = truth(plain, prompt, output)
+        assert abs(logp - found) < WITHIN and below < WITHIN
+
+    try:
+        quantised = loading.load_base(str(folder), load_in_4bit=True, dtype=torch.float32)
+        four = self_check.choose_scoring(quantised, SEQUENCES[:2], "tree", "cpu", torch.no_grad, quiet)
+    except ValueError as error:
+        four = "no linear layers" if "no linear layer" in str(error) else "refused"
+    return f"| {kind} | {type(model).__name__} | {packing} | {way} | {four} |"
+
+
+@pytest.mark.parametrize("kind", sorted(zoo.DECODERS))
+def test_a_class_is_right_and_as_documented(kind, tmp_path):
+    assert cell(kind, tmp_path) in DOCUMENT.read_text(encoding="utf-8").splitlines()
+
+
+def test_every_class_is_in_the_matrix_or_left_out_for_a_reason():
+    assert not set(zoo.DECODERS) & set(zoo.LEFT_OUT) and not (set(zoo.DECODERS) | set(zoo.LEFT_OUT)) - set(CLASSES)
+    assert len(zoo.DECODERS) >= 45
+    must = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2", "opt", "gpt_neox", "gemma2", "gemma3_text"}
+    assert must <= set(zoo.DECODERS)
+    document = DOCUMENT.read_text(encoding="utf-8")
+    for kind in set(CLASSES) - set(zoo.DECODERS):
+        assert f"`{kind}`" in document, f"{kind} is neither in docs/models.md nor among what it leaves out"
+
+
+SEQ2SEQ = {
+    "t5": {"tie_word_embeddings": False, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
+    "mt5": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
+    **dict.fromkeys(("bart", "mbart"), {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SEQ2SEQ)
+def test_an_encoder_decoder_is_decoded_right(kind, tmp_path):
+    torch.manual_seed(0)
+    ids = {"vocab_size": zoo.VOCABULARY, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    model = AutoModelForSeq2SeqLM.from_config(CONFIG_MAPPING[kind](**SEQ2SEQ[kind], **ids))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter) if parameter.ndim > 1 else parameter + 0.1)
+    model.save_pretrained(tmp_path)
+    model = loading.load_seq2seq(str(tmp_path))
+    plain = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    way = routes.choose(model, PROMPTS, 0, Settings(max_new_tokens=NEW), lambda _: None, False)
+    assert way == "batch"
+    for prompt, output, logp in zip(PROMPTS, *decoded(model, way), strict=True):
+        begun = torch.tensor([[0, *output[:-1]]])
+        with torch.no_grad():
+            logits = plain(input_ids=torch.tensor([prompt]), decoder_input_ids=begun).logits[0].double()
+        logps = logits.log_softmax(-1).gather(1, torch.tensor(output)[:, None])
+        assert abs(logps.sum().item() - logp) < WITHIN and logits.std() >= 1
+
+
+# --- faults that are planted
+
+
+def off_by(kind: str, folder: Path, way: str) -> float:
+    zoo.save_tiny(kind, folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    expected = torch.tensor([truth(plain, *sequence)[0] for sequence in SEQUENCES], dtype=torch.float64)
+    return (scores(loading.load_base(str(folder), dtype=torch.float32), way) - expected).abs().max().item()
+
+
+def test_dropped_sinks_turn_a_cell_red(tmp_path, monkeypatch):
+    assert off_by("gpt_oss", tmp_path / "a", "tree") < WITHIN
+    attend = attention._attend
+    monkeypatch.setattr(attention, "_attend", lambda *args, **kwargs: attend(*args, **kwargs | {"s_aux": None}))
+    assert off_by("gpt_oss", tmp_path / "b", "tree") > 100 * WITHIN
+    assert "| tree |" not in cell("gpt_oss", tmp_path / "c")
+
+
+def test_one_window_for_all_layers_turns_a_cell_red(tmp_path, monkeypatch):
+    assert off_by("gemma3_text", tmp_path / "a", "tree") < WITHIN
+    kinds = attention.layer_kinds
+    monkeypatch.setattr(tree, "layer_kinds", lambda config: dict.fromkeys(kinds(config), (zoo.WINDOW, None)))
+    assert off_by("gemma3_text", tmp_path / "b", "tree") > 100 * WITHIN
+    assert "| tree |" not in cell("gemma3_text", tmp_path / "c")
+
+
+def test_a_state_that_leaks_between_branches_turns_a_cell_red(tmp_path, monkeypatch):
+    """Layers that mix in the token before, in the row, as a convolution does, without a word of it in the config."""
+    assert off_by("llama", tmp_path / "a", "tree") < WITHIN
+    forward = LlamaMLP.forward
+    before = lambda x: torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x + 0.5 * before(x)))
+    assert off_by("llama", tmp_path / "b", "tree") > 100 * WITHIN
+    assert off_by("llama", tmp_path / "c", "padded") < WITHIN
+    model = loading.load_base(str(tmp_path / "c"), dtype=torch.float32)
+    said = []
+    assert self_check.choose_scoring(model, SEQUENCES, "tree", "cpu", torch.no_grad, said.append) == "padded"
+    assert said[0].startswith("self-check: tree-packed scoring differs from plain attention on 6 sequences of up to")
+
+
+if __name__ == "__main__":
+    for name in sorted(zoo.DECODERS):
+        with tempfile.TemporaryDirectory() as place:
+            try:
+                print(cell(name, Path(place)), flush=True)
+            except Exception as error:  # a cell that is red; the others are shown all the same
+                print(f"| {name} | {type(error).__name__}: {' '.join(str(error).split())[:200]} |", flush=True)
