@@ -186,7 +186,7 @@ def our_captions(references, predictions, data: Path) -> dict[str, float]:
     return {
         "bleu2": caption.bleu_of_sums(sums, 2),
         "bleu4": caption.bleu_of_sums(sums, 4),
-        "meteor": meteor(*corpora, names, WordNet(data / "nltk_data")).mean(),
+        "meteor": meteor(*corpora, names, WordNet(data / "nltk_data"))["meteor"].mean(),
         **{key: scores.mean() for key, scores in caption.rouge(references, predictions).items()},
     }
 

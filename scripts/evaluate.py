@@ -298,7 +298,6 @@ def evaluate(args: argparse.Namespace) -> None:
     from lmolt import hub
     from lmolt.data.pairs import read_pairs
     from lmolt.data.predictions import digest, drop_unreadable, read_predictions
-    from lmolt.distributed.strategy import leave_group
     from lmolt.files import write_table, write_whole
     from lmolt.metrics import score
     from lmolt.report.report import Run, write_report
@@ -334,6 +333,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.round_trip:
         translate_back(args, translators, rows, counts)
     if not args.predictions or args.round_trip:
+        from lmolt.distributed.strategy import leave_group  # here: scoring outputs that exist needs no torch
+
         leave_group()
     if not FIRST_PROCESS:
         return
