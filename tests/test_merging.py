@@ -427,3 +427,14 @@ def test_inputs_of_several_shapes_and_weights_by_tensor(tmp_path):
     total = stored_weights(records, "F32")
     assert total["effective_weights"] == pytest.approx(total["asked_weights"], abs=1e-6)
     assert total["effective_weights"][1] == pytest.approx(0.75, abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_kth_largest_magnitude_by_its_bits(dtype):
+    """Values that share their first 16 bits, some of them equal, in two pieces; against sorting."""
+    values = np.array([1, 1 + 2**-20, 1 + 2**-20, 1 + 2**-21, 2, 0.5, 1 + 2**-20, 0, 3, 1], dtype)
+    pieces = lambda: iter([values[:4], values[4:]])
+    descending = np.sort(values)[::-1]
+    for k in range(1, len(values) + 1):
+        kth = descending[k - 1]
+        assert methods.radix_select(pieces, k) == (kth, k - int((values > kth).sum()))
