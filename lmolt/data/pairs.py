@@ -121,6 +121,11 @@ def _load_dataset(spec: str, split: str | None, default_split: str | None) -> li
     except (DatasetsError, FileNotFoundError, ConnectionError, ValueError) as error:
         of = "" if split is None else f" (split {split!r})"
         raise ValueError(f"{spec!r}{of} is no file, and as a data set it could not be loaded: {error}") from error
+    except RuntimeError as error:  # datasets 4 runs no loading scripts
+        raise ValueError(
+            f"{spec!r} as a data set: {error}. Download its parquet files (the Hub's branch refs/convert/parquet has "
+            "them) and give a file"
+        ) from error
     if isinstance(loaded, DatasetDict):
         if len(loaded) > 1 and default_split not in loaded:
             raise ValueError(f"{spec!r} has the splits {', '.join(loaded)}; choose one with --split")
