@@ -5,6 +5,7 @@
 #   ./launch.sh test [ARGS]    the tests (ARGS go to pytest); test-distributed: those of several processes and machines
 #   ./launch.sh train [ARGS]   scripts/train_pref.py on every GPU of this machine, or on its CPU
 #   ./launch.sh paper [ARGS]   the paper's Tables 1 to 4: --dry_run prints plan and commands; --scale demo, on a CPU
+#   ./launch.sh page           a page for the embedded default's own system, once ./launch.sh has made it
 #   ./launch.sh bench          all benchmarks, side by side with their peers
 #   ./launch.sh bench-gpu [PART...]    what a GPU has to tell, in parts (benchmarks/gpu.py); on a CPU at a toy scale
 #
@@ -180,6 +181,11 @@ case ${1:-demo} in
         ;;
     node) set_up && shift && node "$@" ;;
     paper) set_up && shift && python scripts/paper.py "$@" ;;
+    page)
+        set_up && shift
+        python -c "import gradio" 2>/dev/null || pip install --quiet "gradio>=6,<7"
+        python scripts/translate.py --serve --model "$DEMO/slerp" --adapter "$DEMO/slerp_cpo" --max_new_tokens 128 "$@"
+        ;;
     bench)
         set_up benchmarks/requirements.txt && mkdir -p runs/bench
         for benchmark in benchmarks/*.py; do
@@ -189,5 +195,5 @@ case ${1:-demo} in
         done
         ;;
     bench-gpu) set_up && shift && python benchmarks/gpu.py "$@" ;;
-    *) sed -n '2,18s/^# \{0,1\}//p' "$0" && exit 2 ;;
+    *) sed -n '2,19s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

@@ -7,6 +7,8 @@
         --model runs/demo/models/cap2mol --adapter runs/demo/cpo --num_candidates 8 --valid_only
     python scripts/translate.py --system molt5 --systems recipes/systems_demo.yaml --input captions.txt --output o.csv
 
+    python scripts/translate.py --serve --model runs/demo/models/cap2mol --adapter runs/demo/cpo
+
 (as printed once ./launch.sh has made runs/demo). Inputs: texts, or --input FILE: a .txt with one a line, a .csv, .tsv,
 .jsonl or .parquet with --column, a .smi, an .sdf; - is the standard input, one a line. --output is a .csv, .tsv,
 .jsonl, .parquet, .smi or .sdf with a row a candidate: input, rank, output, its log-probability, canonical SMILES and
@@ -40,6 +42,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--input", metavar="FILE", help=f"{', '.join(INPUTS)}, or - for the standard input")
     parser.add_argument("--column", help="of a table (default: molecule, SMILES, caption, description, the only one)")
     parser.add_argument("--output", type=Path, help=f"{', '.join(OUTPUTS)}; replaced when finished")
+    parser.add_argument("--serve", action="store_true", help="a page on this machine (pip install 'lmolt[page]')")
+    parser.add_argument("--port", type=int, help="of --serve (default: the first that is free from 7860)")
     parser.add_argument("--direction", choices=DIRECTIONS, help="default: found from the inputs, where they show it")
     model = parser.add_argument_group("model")
     which = model.add_mutually_exclusive_group(required=True)
@@ -70,6 +74,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.system and args.adapter:
         parser.error("--system has adapters of its own; give --model with --adapter")
+    if args.serve and (args.input or args.texts or args.output):
+        parser.error("--serve takes its inputs from the page: give none, and no --output")
     if args.input and args.texts:
         parser.error(f"--input {args.input} and {args.texts[0][:80]!r}: give a file or texts, one of them")
     if len(args.texts) == 1 and Path(args.texts[0]).suffix in INPUTS and Path(args.texts[0]).is_file():
@@ -99,6 +105,15 @@ def sources_of(args: argparse.Namespace) -> Sources:
     return read_sources(Path(args.input), args.column, args.direction)
 
 
+def translator_of(args: argparse.Namespace):
+    from lmolt.generation.translator import Translator
+
+    options = {key: getattr(args, key) for key in ("dtype", "load_in_4bit", "trust_remote_code", "reverse_model")}
+    if args.system:
+        return Translator(system=args.system, systems=args.systems, **options)
+    return Translator(args.model, args.adapter, **options)
+
+
 def take(args: argparse.Namespace) -> None:
     """Lock --output; `ValueError` where it or its journal is an input, or isn't of this script."""
     from lmolt import ownership
@@ -114,18 +129,18 @@ def take(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    if args.serve:
+        from lmolt.generation.page import serve
+
+        serve(translator_of(args), args.port, max_new_tokens=args.max_new_tokens, seed=args.seed)
+        return
     sources = sources_of(args)
     if args.output and FIRST_PROCESS:
         take(args)
 
     from lmolt.distributed.strategy import leave_group
-    from lmolt.generation.translator import Translator
 
-    options = {key: getattr(args, key) for key in ("dtype", "load_in_4bit", "trust_remote_code", "reverse_model")}
-    if args.system:
-        translator = Translator(system=args.system, systems=args.systems, **options)
-    else:
-        translator = Translator(args.model, args.adapter, **options)
+    translator = translator_of(args)
     journal = args.output and args.output.with_name(args.output.name + ".journal")
     candidates = ("num_candidates", "num_beams", "temperature", "top_p", "seed", "valid_only", "rank", "channel_weight")
     how = {key: getattr(args, key) for key in (*candidates, "properties", "max_new_tokens", "tokens_per_batch")}
