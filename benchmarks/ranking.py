@@ -41,7 +41,7 @@ def similarity(direction: str, references: list[str], outputs: list[str]):
     if direction == "cap2mol":
         from lmolt.metrics.molecule import columns, compare
 
-        return np.nan_to_num(columns(compare(references, outputs))["morgan"])
+        return np.nan_to_num(columns(outputs, compare(references, outputs))["morgan"])
     from lmolt.metrics.caption import rouge
 
     return rouge(references, outputs)["rougeL"]
