@@ -277,3 +277,7 @@ def test_compare_is_paired():
     assert all(f["difference"] == 0 and f["p"] == 1 for f in same.values())
     with pytest.raises(ValueError, match="same rows"):
         compare("mol2cap", good, {key: value[:2] for key, value in poor.items()})
+
+
+def test_numbers_are_words_of_rouge():
+    assert caption.rouge(["3 rings"], ["4 rings"])["rouge1"].tolist() == [0.5]
