@@ -81,6 +81,9 @@ def ways(translator, direction: str, pairs: list[dict], args, weights) -> tuple[
 
 def main() -> None:
     args = parse_arguments()
+    if lacking := [str(part) for parts in SYSTEMS.values() for part in parts if not part.exists()]:
+        print(f"not run: {', '.join(lacking)} are not there; ./launch.sh makes them")
+        return
     import numpy as np
     from transformers.utils import logging
 
