@@ -276,10 +276,10 @@ def take(output: Path, directions: set[str], inputs: dict[str, object]) -> None:
                 f"{output} holds {others[0]} results, which this run would drop; score both directions in one command "
                 "(--predictions and --direction take several), or choose another --output"
             )
-    ownership.claim(output, "evaluate", WRITTEN)
 
 
 def compare(args: argparse.Namespace) -> None:
+    from lmolt import ownership
     from lmolt.report.report import read_run, write_report
     from lmolt.report.tables import to_markdown
 
@@ -289,79 +289,51 @@ def compare(args: argparse.Namespace) -> None:
         raise ValueError("--compare needs at least two folders; one system's report is in its folder")
     runs = [read_run(spec) for spec in args.compare]
     take(args.output, set(), {"a compared folder": None} | {f"run {run.name}": run.folder for run in runs})
+    ownership.claim(args.output, "evaluate", WRITTEN)
     for table in write_report(runs, args.output, args.baseline, args.n_bootstrap or 10_000, args.seed):
         print(to_markdown(table))
     print(f"report: {args.output / 'report.html'} (report.md, tables and figures beside it)")
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    from lmolt import hub
+def read(args: argparse.Namespace, pairs: list[dict] | None, counts: dict) -> list[dict]:
+    """Prediction rows of the files of --predictions; `counts` says what was odd about them."""
+    from lmolt.data.predictions import drop_unreadable, read_predictions
+
+    rows = []
+    for file, direction in zip(args.predictions, args.direction, strict=True):
+        mine, found = read_predictions(file, direction, pairs, args.encoding, references=not args.no_references)
+        if args.invalid_pairs == "drop" and direction == CAP2MOL and not args.no_references:
+            mine, dropped = drop_unreadable(mine, file)
+            for row in dropped if FIRST_PROCESS else ():
+                print(f"left out: id {row['id']}, no molecule is its reference {row['reference'][:100]!r}")
+            found["unreadable_reference_dropped"] = len(dropped)
+        rows += mine
+        counts[direction] += found
+    return rows
+
+
+def scored(args: argparse.Namespace, rows: list[dict], counts: dict) -> tuple[dict, dict, list[dict]]:
+    """Of each direction what metrics.json says and the scores' columns, and the rows of scores.parquet."""
     from lmolt.data.pairs import read_pairs
-    from lmolt.data.predictions import digest, drop_unreadable, read_predictions
-    from lmolt.files import write_table, write_whole
     from lmolt.metrics import score
-    from lmolt.report.report import Run, write_report
-    from lmolt.report.tables import to_markdown
 
-    if FIRST_PROCESS:
-        names = ("model", "adapter", "pairs", "nli_model", "text_tokenizer", "nltk_data", "property_tree", "systems")
-        inputs = {f"--{name}": getattr(args, name) for name in names}
-        inputs |= {"--novelty": args.novelty, "--round_trip_model": args.round_trip_model}
-        inputs |= {f"--predictions ({i + 1})": file for i, file in enumerate(args.predictions or ())}
-        take(args.output, set(args.direction if args.predictions else args.directions), inputs)
-    if args.push_to_hub and FIRST_PROCESS:
-        hub.reserve(args.hub_model_id, create=False)
-
-    # ---- outputs: made now, or made before
-    counts = defaultdict(Counter)  # what was odd about the data, by direction
-    system = read_system(args.system, args.systems) if args.system else None
-    if args.pairs == "demo":
-        build_demo()
-    pairs = chosen_pairs(args, counts[CAP2MOL]) if args.pairs else None  # what reading counts concerns molecules
-    translators = Translators(args, system)
-    rows = [] if args.predictions else translated(args, translators, pairs, counts)
-    if args.predictions:
-        for file, direction in zip(args.predictions, args.direction, strict=True):
-            read, found = read_predictions(file, direction, pairs, args.encoding, references=not args.no_references)
-            if args.invalid_pairs == "drop" and direction == CAP2MOL and not args.no_references:
-                read, dropped = drop_unreadable(read, file)
-                for row in dropped if FIRST_PROCESS else ():
-                    print(f"left out: id {row['id']}, no molecule is its reference {row['reference'][:100]!r}")
-                found["unreadable_reference_dropped"] = len(dropped)
-            rows += read
-            counts[direction] += found
-    if args.round_trip:
-        translate_back(args, translators, rows, counts)
-    if not args.predictions or args.round_trip:
-        from lmolt.distributed.strategy import leave_group  # here: scoring outputs that exist needs no torch
-
-        leave_group()
-    if not FIRST_PROCESS:
-        return
     known = {}
     if args.novelty:
         found = read_pairs(args.novelty, args.novelty_split, default_split="train", invalid="drop", need=("molecule",))
-        known = {
-            "known_molecules": [pair["molecule"] for pair in found],
-            "known_name": f"{args.novelty} ({len(found)})",
-        }
-    back = args.round_trip_model or args.model or args.system or "nothing"
-    back = back if args.round_trip_model else f"{back}, which made it"
+        molecules = [pair["molecule"] for pair in found]
+        known = {"known_molecules": molecules, "known_name": f"{args.novelty} ({len(found)})"}
+    back = args.round_trip_model or f"{args.model or args.system or 'nothing'}, which made it"
     back += f" with {args.round_trip_adapter}" if args.round_trip_adapter else ""
-
-    # ---- scores
-    run = Run(args.name or args.output.resolve().name, args.output, record={})
-    scores, parts = [], {}
+    parts, columns, table = {}, {}, []
     for direction in dict.fromkeys(row["direction"] for row in rows):
-        run.rows[direction] = mine = [row for row in rows if row["direction"] == direction]
+        mine = [row for row in rows if row["direction"] == direction]
         print(f"scoring {len(mine)} {direction} outputs", flush=True)
-        sources, predictions = ([row[key] for row in mine] for key in ("source", "prediction"))
         try:
-            part, run.scores[direction] = score(
+            part, columns[direction] = score(
                 direction,
-                sources,
+                [row["source"] for row in mine],
                 None if args.no_references else [row["reference"] for row in mine],
-                predictions,
+                [row["prediction"] for row in mine],
                 returned=[row["returned"] for row in mine] if args.round_trip else None,
                 returned_by=back,
                 **(known if direction == CAP2MOL else {}),
@@ -380,16 +352,59 @@ def evaluate(args: argparse.Namespace) -> None:
         except ValueError as error:  # such as a reference that is no molecule: say which file it is in
             files = dict(zip(args.direction or (), args.predictions or (), strict=True))
             raise ValueError(f"{args.pairs or files[direction]}, {direction} {error}") from error
-        parts[direction] = {
-            "n": len(mine),
-            "counts": dict(counts[direction]) | part["counts"],
-            "metrics": part["metrics"],
-        }
-        columns = {key: values.tolist() for key, values in run.scores[direction].items()}
+        counted = dict(counts[direction]) | part["counts"]
+        parts[direction] = {"n": len(mine), "counts": counted, "metrics": part["metrics"]}
+        its = {key: values.tolist() for key, values in columns[direction].items()}
         for i, row in enumerate(mine):
-            scores.append({"id": row["id"], "direction": direction} | {key: v[i] for key, v in columns.items()})
-            if columns.get("count_unfinished", [0] * len(mine))[i]:
+            table.append({"id": row["id"], "direction": direction} | {key: values[i] for key, values in its.items()})
+            if its.get("count_unfinished", [0] * len(mine))[i]:
                 print(f"not finished by RDKit, and so invalid: id {row['id']}, {row['prediction'][:100]!r}")
+    return parts, columns, table
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from lmolt import hub, ownership
+    from lmolt.data.predictions import digest
+    from lmolt.files import write_table, write_whole
+    from lmolt.report.report import Run, write_report
+    from lmolt.report.tables import to_markdown
+
+    # ---- the place and the Hub, asked before the work
+    if args.push_to_hub and FIRST_PROCESS:
+        hub.reserve(args.hub_model_id, create=False)
+    if FIRST_PROCESS:
+        names = ("model", "adapter", "pairs", "nli_model", "text_tokenizer", "nltk_data", "property_tree", "systems")
+        inputs = {f"--{name}": getattr(args, name) for name in names}
+        inputs |= {"--novelty": args.novelty, "--round_trip_model": args.round_trip_model}
+        inputs |= {f"--predictions ({i + 1})": file for i, file in enumerate(args.predictions or ())}
+        take(args.output, set(args.direction if args.predictions else args.directions), inputs)
+
+    # ---- outputs: made now, or made before
+    counts = defaultdict(Counter)  # what was odd about the data, by direction
+    system = read_system(args.system, args.systems) if args.system else None
+    if args.pairs == "demo":
+        build_demo()
+    pairs = chosen_pairs(args, counts[CAP2MOL]) if args.pairs else None  # what reading counts concerns molecules
+    rows = read(args, pairs, counts) if args.predictions else None
+    if FIRST_PROCESS:
+        ownership.claim(args.output, "evaluate", WRITTEN)
+    translators = Translators(args, system)
+    if rows is None:
+        rows = translated(args, translators, pairs, counts)
+    if args.round_trip:
+        translate_back(args, translators, rows, counts)
+    if not args.predictions or args.round_trip:
+        from lmolt.distributed.strategy import leave_group  # here: scoring outputs that exist needs no torch
+
+        leave_group()
+    if not FIRST_PROCESS:
+        return
+
+    # ---- scores
+    run = Run(args.name or args.output.resolve().name, args.output, record={})
+    for row in rows:
+        run.rows.setdefault(row["direction"], []).append(row)
+    parts, run.scores, scores = scored(args, rows, counts)
 
     # ---- files
     args.output.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ def test_pairs_come_from_the_hub(hub, tmp_path):
         "print(json.dumps(read_pairs(sys.argv[1], sys.argv[2] or None)))"
     )
     environment = hub.environment(tmp_path / "home")
-    wanted = [{"id": str(n), **row} for n, row in enumerate(rows, 1)]
+    wanted = [{"id": f"row {n}", **row} for n, row in enumerate(rows, 1)]
     assert json.loads(python(code, environment, "org/parquet", "train")) == wanted
     assert json.loads(python(code, environment, "org/parquet", "validation")) == wanted[:1]
     with pytest.raises(AssertionError, match="could not be loaded"):
