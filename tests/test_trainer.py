@@ -109,13 +109,14 @@ def test_kto_z_is_the_mean_log_ratio_of_mismatched_pairs(tiny_policy, few_triple
     trainer.model.eval()
     micro = list(trainer.get_train_dataloader())[:2]
     ratios = []
-    for i, example in enumerate(example for batch in micro for example in batch.examples):
-        chosen, rejected, mismatched = example.reference
-        example.reference = (chosen, rejected, mismatched - 3 - i)  # away from the other two, so that z > 0
+    rows = [(batch, row) for batch in micro for row in range(len(batch.examples))]
+    for i, (batch, row) in enumerate(rows):
+        example = batch.examples[row]
+        batch.references[row, 2] -= 3 + i  # away from the other two, so that z > 0
         ids = torch.tensor([list(example.prompt + example.mismatched)])
         with torch.no_grad():
             logps = trainer.model(ids).logits.double().log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
-        ratios.append(logps[-len(example.mismatched) :].sum().item() - example.reference[2])
+        ratios.append(logps[-len(example.mismatched) :].sum().item() - batch.references[row, 2].item())
     z = trainer._normalisers(micro)["z"].item()
     assert z > 1 and z == pytest.approx(sum(ratios) / len(ratios), rel=1e-5)
 
@@ -196,7 +197,7 @@ def test_mismatched_partners_are_of_another_source(tiny_policy, few_triples):
     ]
     other = {"id": "x", "direction": "mol2cap", "source": "O", "chosen": "Water.", "rejected": "Not water."}
     examples, _ = batches.encode_triples([*one_source, other], tokenizer, 512, "error")
-    batches.assign_mismatches(examples, seed=1)
+    examples = batches.with_mismatches(examples, seed=1)
     assert all(e.mismatched in (examples[-1].chosen, examples[-1].rejected) for e in examples[:-1])
 
 

@@ -7,12 +7,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from rdkit import Chem
-
 from lmolt.files import SUFFIXES, read_table, read_text, table_suffix
-from lmolt.metrics.molecule import Features, features
-from lmolt.metrics.smiles import ODDITIES, dummy_of, has_dummy, oddity, parse
-from lmolt.metrics.workers import Unfinished, in_processes
 
 DEMO = Path("runs/demo")  # in the working directory; lmolt.demo.build makes it
 NAMES = {"molecule": ("molecule", "SMILES"), "caption": ("caption", "description"), "id": ("id", "CID")}
@@ -189,6 +184,8 @@ def _not_a(key: str, value) -> tuple[str, str] | None:
         return "empty", "fill it in, remove the row"
     if not isinstance(value, str):
         return "no text", f"name the column that holds the {key}s"
+    from lmolt.metrics.smiles import ODDITIES, oddity  # RDKit, without which training runs where it reads triples
+
     cause = oddity(value)
     if key == "molecule" or cause in ("missing_value", "number", "list"):
         return ODDITIES.get(cause)
@@ -203,6 +200,9 @@ def clean(
     `canonicalise` writes RDKit's canonical SMILES; `invalid` is "error" (`ValueError` with id and SMILES) or "drop".
     What else can be wrong with pairs is found by lmolt/data/decontamination.py. `ValueError` where none is left.
     """
+    from lmolt.metrics.smiles import dummy_of
+    from lmolt.metrics.workers import Unfinished, in_processes
+
     distinct = list(dict.fromkeys(pair["molecule"] for pair in pairs))
     of = dict(zip(distinct, in_processes(_canonical_and_dummy if canonicalise else dummy_of, distinct), strict=True))
     kept, counts = [], Counter()
@@ -229,6 +229,10 @@ def clean(
 
 
 def _canonical_and_dummy(smiles: str) -> tuple[str, bool] | None:
+    from rdkit import Chem
+
+    from lmolt.metrics.smiles import has_dummy, parse
+
     molecule = parse(smiles)
     return molecule and (Chem.MolToSmiles(molecule), has_dummy(molecule))
 
@@ -248,6 +252,9 @@ def scaffold_split(pairs: list[dict], fractions: list[float], seed: int = 0) -> 
     smaller parts hold the rarer scaffolds. All acyclic molecules share one (empty) scaffold.
     `ValueError` where fractions don't sum to 1 or a SMILES does not parse.
     """
+    from lmolt.metrics.molecule import Features, features
+    from lmolt.metrics.workers import in_processes
+
     if abs(sum(fractions) - 1) > 1e-9 or min(fractions) <= 0:
         raise ValueError(f"fractions must be positive and sum to 1, got {list(fractions)}")
     groups: dict[str, list[int]] = {}

@@ -102,6 +102,7 @@ class Server:
 
             self.tokenizer = load_tokenizer(tokenizer)
         self.config = SimpleNamespace(is_encoder_decoder=False, model_type="server")  # prompts are as a causal model's
+        self.config.get_text_config = lambda **_: self.config  # it has no positions that are known
         self.counts = Counter()  # of one `translate`
         self.scores: dict[tuple[str, str], tuple[float, int]] = {}  # (prompt, output): log-probability, tokens
         self._pause_until, self._lock, self._wants_logps = 0.0, threading.Lock(), True
