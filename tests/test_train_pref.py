@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
 def test_training_needs_neither_rdkit_nor_matplotlib():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import lmolt.training.trainer, lmolt.data.triples, lmolt.models.loading\n"
+        "import lmolt.training.trainer, lmolt.data.triples, lmolt.models.loading, scripts.train_pref\n"
         "assert not {'rdkit', 'matplotlib', 'nltk', 'lmolt.metrics'} & sys.modules.keys()"
     )
     assert subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True).returncode == 0
