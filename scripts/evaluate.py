@@ -36,6 +36,7 @@ from lmolt.prompts import CAP2MOL, COLUMNS, DIRECTIONS, MOL2CAP, build_prompt
 from lmolt.recipes import Parser
 
 PACKAGES = ("torch", "transformers", "peft", "rdkit", "fcd", "nltk", "rapidfuzz", "numpy")
+PENALTIES = (("repetition_penalty", float, 1.0), ("no_repeat_ngram_size", int, 0))
 WRITTEN = ("metrics.json", "predictions.parquet", "scores.parquet", "report.md", "report.html", "journal")
 WRITTEN += ("figure[1-9]*.png", "table[1-9]*.csv", "table[1-9]*.tex")
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # as accelerate launch numbers them; it alone scores and writes
@@ -68,6 +69,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--trust_remote_code", action="store_true")
     model.add_argument("--max_new_tokens", type=int, default=250, help="the paper's limit")
     model.add_argument("--num_beams", type=int, default=1)
+    for name, kind, off in PENALTIES:
+        model.add_argument(f"--{name}", type=kind, default=off, help="what the model's own settings ask for isn't done")
     model.add_argument("--num_candidates", type=int, default=1, help="evaluate the best of so many: docs/translate.md")
     model.add_argument("--rank", choices=RANKS, default="logp", help="which candidate is best")
     model.add_argument("--temperature", type=float, default=0.8, help="of sampled candidates (default: 0.8)")
@@ -118,6 +121,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--predictions needs a --direction for each file: mol2cap or cap2mol")
     if args.predictions and len(set(args.direction)) < len(args.direction):
         parser.error(f"--direction {' '.join(args.direction)}: a direction's outputs are one file; evaluate twice")
+    if args.num_candidates > 1 and any(getattr(args, name) != off for name, _, off in PENALTIES):
+        parser.error(
+            "--repetition_penalty and --no_repeat_ngram_size have no effect with --num_candidates; leave them out"
+        )
     if args.round_trip_adapter and not args.round_trip_model:
         parser.error("--round_trip_adapter needs --round_trip_model")
     args.round_trip = args.round_trip or args.round_trip_model is not None
@@ -185,6 +192,9 @@ class Translators:
             max_new_tokens=args.max_new_tokens,
             tokens_per_batch=args.tokens_per_batch,
             num_beams=args.num_beams,
+            repetition_penalty=args.repetition_penalty,
+            no_repeat_ngram_size=args.no_repeat_ngram_size,
+            unk=system.unk if system else "",
             too_long="empty" if back else args.too_long,
             counts=counts,
             journal=args.output / "journal",

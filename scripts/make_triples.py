@@ -73,6 +73,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--encoding", default="utf-8", help="of the files of outputs")
     parser.add_argument("--max_new_tokens", type=int, default=250, help="default: the paper's 250")
     parser.add_argument("--num_beams", type=int, default=1, help="default: greedy")
+    penalty = "not taken from the model's own settings (default: none)"
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help=penalty)
+    parser.add_argument("--no_repeat_ngram_size", type=int, default=0, help=penalty)
     parser.add_argument("--num_candidates", type=int, default=1, help="sample so many, take the hardest negative")
     parser.add_argument(
         "--negatives",
@@ -297,6 +300,8 @@ def translations(args: argparse.Namespace, direction: str, prompts: list[str], j
         max_new_tokens=args.max_new_tokens,
         tokens_per_batch=args.tokens_per_batch,
         num_beams=args.num_beams,
+        repetition_penalty=args.repetition_penalty,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,

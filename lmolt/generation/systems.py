@@ -23,6 +23,7 @@ class System(NamedTuple):
     adapters: dict[str, str | None]
     stop: tuple[str, ...] = ()
     keep: str = "all"
+    unk: str = ""  # what a token without a text is read as
     trust_remote_code: bool = False
     recipe: str | None = None
     server: dict | None = None  # what generation/server.py's Server takes; models are then names there
@@ -72,6 +73,8 @@ def read_system(name: str, path: Path = SYSTEMS) -> System:
     stop = entry.get("stop", [])
     if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
         raise ValueError(f"{where}: stop is {str(stop)[:80]!r}; write a list of texts")
+    if not isinstance(entry.get("unk", ""), str):
+        raise ValueError(f'{where}: unk is {str(entry["unk"])[:80]!r}; write a text, such as "\\\\"')
     for part in parts.values():
         if not isinstance(part["model"], str) or not isinstance(part.get("adapter"), str | None):
             raise ValueError(f"{where}: model and adapter are names, not {str(part)[:80]}")

@@ -147,7 +147,7 @@ class Translator:
         if isinstance(model, Server) and num_candidates > 1 and rank != "votes" and not model.gives_logps:
             raise ValueError(f"{model.url} tells no log-probabilities to rank by; say rank votes")
         how = {"max_new_tokens": max_new_tokens, "tokens_per_batch": tokens_per_batch}
-        how |= {"journal": kept_at, "counts": counts}
+        how |= {"journal": kept_at, "counts": counts, "unk": self.system.unk if self.system else ""}
         texts = list(prompts.values())
         if num_beams > 1 and num_candidates > 1:
             how |= {"num_beams": num_beams, "num_return": num_candidates}
