@@ -124,7 +124,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def pairs_by_direction(args: argparse.Namespace, counts: Counter) -> dict[str, list[dict]]:
     """Clean, sampled pairs for each direction; those with outputs that exist have them under the direction's name."""
-    from lmolt.data.decontamination import screen
+    from lmolt.data.decontamination import decontaminate
     from lmolt.data.pairs import clean, read_pairs, sample
     from lmolt.data.predictions import read_candidates
 
@@ -141,7 +141,7 @@ def pairs_by_direction(args: argparse.Namespace, counts: Counter) -> dict[str, l
     for spec in args.exclude:
         excluded += read_pairs(spec, default_split="test", invalid="drop")
     drops = {"drop_duplicates": args.deduplicate, "drop_stereoisomers": args.exclude_stereoisomers}
-    kept, found = screen(cleaned, excluded, **drops)
+    kept, found = decontaminate(cleaned, excluded, **drops)
     counts += changes + found
     counts |= {"pairs read": len(pairs), "pairs sampled": len(sampled), "pairs excluded": len(excluded)}
     counts |= {"pairs used": len(kept)}

@@ -106,6 +106,10 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     elif "--weights" in argv:
         args.t = None
     args.layers = layers
+    if args.plot and (args.adapter or not args.plot.absolute().parent.is_dir()):
+        raise ValueError(
+            f"--plot {args.plot}: " + ("a fold has no weights" if args.adapter else "there is no such folder")
+        )
     return args
 
 
@@ -255,6 +259,20 @@ def output_config(model: Checkpoint, dtype: str, changes: dict) -> dict:
     return config | {"torch_dtype" if "torch_dtype" in config else "dtype": name}  # transformers 4 reads the first
 
 
+def stream(output: OutputFolder, layout: dict, kept: dict, produce, description: str) -> tuple[list[dict], dict]:
+    """Write one tensor after the other, what is `kept` as it is: their records, and the hash of each file."""
+    sizes = {name: prod(shape) for tensors in layout.values() for name, _, shape in tensors}
+    done = sum(sizes[record["tensor"]] for record, _ in output.done)
+    with tqdm(total=sum(sizes.values()), initial=done, unit_scale=True, desc=description) as bar:
+
+        def step(name: str, write) -> dict:
+            record = methods.copy_tensor(kept[name], write) if name in kept else produce(name, write)
+            bar.update(sizes[name])
+            return record
+
+        return output.write_tensors(step)
+
+
 def main(argv: list[str]) -> None:
     args = read_arguments(argv)
     if isinstance(args.verify, str):
@@ -264,10 +282,6 @@ def main(argv: list[str]) -> None:
     if args.output is None:
         raise ValueError("--output names the folder to write")
     args.output = args.output.resolve()  # a link's target is what is written
-    if args.plot and (args.adapter or not args.plot.absolute().parent.is_dir()):
-        raise ValueError(
-            f"--plot {args.plot}: " + ("a fold has no weights" if args.adapter else "there is no such folder")
-        )
     models, base, recipe, notes = resolve(args)
     sources = [*models, base] if base else models
     here = lambda name: str(Path(name).resolve()) if name and Path(name).is_dir() else name  # for a later --verify
@@ -314,16 +328,7 @@ def main(argv: list[str]) -> None:
 
     # --- one tensor after the other
     began = time.perf_counter()
-    sizes = {name: prod(shape) for tensors in layout.values() for name, _, shape in tensors}
-    done, kept = sum(sizes[record["tensor"]] for record, _ in output.done), models[0].kept
-    with tqdm(total=sum(sizes.values()), initial=done, unit_scale=True, desc=args.method or "fold") as bar:
-
-        def step(name: str, write) -> dict:
-            record = methods.copy_tensor(kept[name], write) if name in kept else produce(name, write)
-            bar.update(sizes[name])
-            return record
-
-        records, outputs = output.write_tensors(step)
+    records, outputs = stream(output, layout, models[0].kept, produce, args.method or "fold")
 
     # --- what came out
     packages = ("numpy", "torch", "transformers", "peft", "bitsandbytes") if args.adapter else ("numpy",)

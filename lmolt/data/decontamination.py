@@ -23,7 +23,7 @@ def _keys(smiles: str) -> tuple[str, str]:
     return Chem.MolToSmiles(molecule), Chem.MolToSmiles(molecule, isomericSmiles=False)
 
 
-def screen(
+def decontaminate(
     pairs: list[dict],
     excluded: list[dict] = (),
     *,

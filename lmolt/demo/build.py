@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmolt.data.pairs import DEMO, scaffold_split
-from lmolt.files import read_table, run_main, write_table
+from lmolt.files import end_with_parent, read_table, run_main, write_table
 from lmolt.prompts import COLUMNS, DIRECTIONS, TEMPLATES, build_prompt, encode_output, encode_prompt
 from lmolt.recipes import Parser
 
@@ -110,8 +110,8 @@ def build_models(root: Path = DEMO, scale: str = "full", seed: int = SEED) -> No
     print(f"trains what {models} lacks of base, {', '.join(f.name for f in llamas + t5s)} on {len(train)} pairs")
     # Models so small gain little from a second thread, so each has a process of its own with one. A worker dies of
     # Ctrl-C by itself, silently; this process reports.
-    context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)
-    with ProcessPoolExecutor(2, context, initializer=signal.signal, initargs=quiet) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, context, initializer=_begin_worker) as pool:
         build = lambda folders: [pool.submit(_build_model, f, train, size) for f in folders if not f.exists()]
         base, others = build([models / "base"]), build(t5s)  # side by side
         for future in base:
@@ -119,6 +119,11 @@ def build_models(root: Path = DEMO, scale: str = "full", seed: int = SEED) -> No
         for future in as_completed(others + build(llamas)):
             print(f"wrote {future.result()}")
     finished.touch()
+
+
+def _begin_worker() -> None:
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _build_model(folder: Path, train: list[dict], size: Scale) -> Path:
