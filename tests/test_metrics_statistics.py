@@ -48,6 +48,14 @@ def test_the_standard_error_is_the_means_own_and_equal_rows_have_none():
     assert statistics.confidence_interval(statistics.resample({"m": statistics.mean(np.ones(9))}, 20, 0)["m"]) == [1, 1]
 
 
+@pytest.mark.parametrize(("ones", "n"), [(1, 6), (2, 40), (3, 200), (197, 200), (12, 200)])
+def test_a_share_s_interval_stays_between_0_and_1(ones, n):
+    """Resamples without a hit have an error of 0 but for rounding, and no t: they once led to millions."""
+    scores = np.repeat([1.0, 0.0], [ones, n - ones])
+    low, high = statistics.confidence_interval(statistics.resample({"m": statistics.mean(scores)}, 1000, 0)["m"])
+    assert 0 <= low < ones / n < high <= 1 and high - low < 0.95
+
+
 def test_p_value():
     assert statistics.p_value(np.ones(999)) == pytest.approx(2 / 1000)
     assert statistics.p_value(np.zeros(99)) == 1

@@ -46,6 +46,7 @@ class Resampled(NamedTuple):
     values: np.ndarray  # (n_bootstrap,), NaN where a resample defines none
     errors: np.ndarray  # (n_bootstrap,)
     skewed: bool = False  # few rows weigh much: influences of a skewness over 2, and not a share's two
+    reach: tuple[float, float] = (-np.inf, np.inf)  # from the least to the greatest that a row alone would give
 
 
 def resample(statistics: dict[str, tuple], n_bootstrap: int, seed: int) -> dict[str, Resampled]:
@@ -71,10 +72,16 @@ def resample(statistics: dict[str, tuple], n_bootstrap: int, seed: int) -> dict[
         error = float(np.sqrt(influences[key][:, 1].sum() / n / max(n - 1, 1)))
         mean, square = part[number].T / n
         errors = np.sqrt(np.maximum(square - mean**2, 0) / max(n - 1, 1))
+        errors[errors < 1e-6 * error] = 0  # equal rows, but for rounding
+        with np.errstate(invalid="ignore", divide="ignore"):
+            alone = value(its)
+        alone = alone[np.isfinite(alone)]
+        reach = (float(alone.min()), float(alone.max())) if len(alone) else (-np.inf, np.inf)
         influence = influences[key][:, 0]
         deviation = float(np.sqrt((influence**2).mean()))
         skewed = deviation > 0 and abs((influence**3).mean()) > 2 * deviation**3 and len(np.unique(influence)) > 2
-        found[key] = Resampled(float(value(totals[key])), error, value(part[place[id(its)]]), errors, bool(skewed))
+        values = value(part[place[id(its)]])
+        found[key] = Resampled(float(value(totals[key])), error, values, errors, bool(skewed), reach)
     return found
 
 
@@ -107,7 +114,8 @@ def confidence_interval(resampled: Resampled, level: float = 0.95) -> list[float
     if bounds is None or resampled.error == 0 or len(t) < 0.99 * len(resampled.values):
         return bounds
     low, high = resampled.estimate - resampled.error * np.quantile(t, [(1 + level) / 2, (1 - level) / 2])
-    return [min(bounds[0], float(low)), max(bounds[1], float(high))]
+    least, most = resampled.reach  # no share is over 1, no BLEU below 0
+    return [min(bounds[0], max(float(low), least)), max(bounds[1], min(float(high), most))]
 
 
 def p_value(differences: np.ndarray) -> float:
