@@ -73,9 +73,9 @@ def make_policy(folder: Path, triples: list[dict], args) -> None:
     )
     captions = [t["chosen"] if t["direction"] == "mol2cap" else t["source"] for t in triples]
     tokenizer.train_from_iterator([*TEMPLATES.values(), *captions], trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.add_tokens([f"<unused {i}>" for i in range(args.vocabulary - len(fast))])  # few texts make few tokens
+    fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=args.vocabulary,
