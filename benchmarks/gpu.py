@@ -296,7 +296,7 @@ def attention() -> dict:
     import torch
 
     from lmolt.models import tree as trees
-    from lmolt.models.attention import time_forms
+    from lmolt.models.forms import time_forms
 
     figures = {}
     sizes = (8, 16, 64) if on_gpu() else (2,)

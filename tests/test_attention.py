@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lmolt.models import tree as tree_module
-from lmolt.models.attention import TILE, TREE, Shapes, cut, flex_blocks, why_not_tree
+from lmolt.models.attention import TREE, why_not_tree
+from lmolt.models.flex import flex_blocks
+from lmolt.models.tiles import TILE, Shapes, cut
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, Gemma2Config, TrainerCallback
 
 from lmolt.models import loading
-from lmolt.models.attention import Tiles
+from lmolt.models.tiles import Tiles
 from lmolt.training import batches, reference
 from lmolt.training.batches import StepBatchSampler, balance
 from lmolt.training.trainer import PreferenceArguments, PreferenceTrainer

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lmolt.models.attention import TREE, Shapes, Tiles, block_mask, check_row, cut, flex_blocks, layer_kinds
+from lmolt.models.attention import TREE, check_row, layer_kinds
+from lmolt.models.flex import block_mask, flex_blocks
+from lmolt.models.tiles import Shapes, Tiles, cut
 
 IGNORED = -100
 
@@ -111,7 +113,7 @@ def tree_logps(model, tree: Tree, score_chunk: int | None = None, attention: str
     `model` may be wrapped (DDP, DeepSpeed, FSDP, PEFT): the pass goes through its own `forward`. `score_chunk`
     positions have logits at one time; by default 1,024 on an accelerator (fewer passes over the head's weights than
     its memory is fast) and 256 on a CPU (whose caches they leave). `attention` is "tiles" or "flex"
-    (lmolt/models/attention.py), the same numbers.
+    (lmolt/models/tiles.py, flex.py), the same numbers.
     """
     config = getattr(model, "module", model).config  # a DeepSpeed engine's own `config` is another
     text = config.get_text_config()

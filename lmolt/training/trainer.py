@@ -16,8 +16,9 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from lmolt import ownership
 from lmolt.distributed import strategy
 from lmolt.models import self_check, tree
-from lmolt.models.attention import Shapes, faster_form
+from lmolt.models.forms import faster_form
 from lmolt.models.lora import lean_adapters
+from lmolt.models.tiles import Shapes
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
 from lmolt.training import checkpoints, identity, reference
 from lmolt.training.arguments import PreferenceArguments
