@@ -320,12 +320,14 @@ def main(argv: list[str]) -> None:
     elif args.overwrite_output_dir and args.process_index == 0:
         ownership.delete_claimed(Path(args.output_dir), SCRIPT)
     say(f"writes {args.output_dir}")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with checkpoints.full_disk_is_named(Path(args.output_dir)):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     # --- save
     rows = {"train": count(train), "evaluation": count(held_out), "dropped": dict(dropped)}
     own = {"reference": reference_name, "data": {"sha256": sha256_file(data)} | rows}
-    save_finished(trainer, own | {"versions": software, "licence": licence})
+    with checkpoints.full_disk_is_named(Path(args.output_dir)):
+        save_finished(trainer, own | {"versions": software, "licence": licence})
     say(f"wrote {args.output_dir}: the adapter, its card, run.json, efficiency.json, trainer_state.json, training.png")
     if share:
         url = hub.push(args.output_dir, SCRIPT, args.hub_model_id, args.hub_private_repo, args.hub_revision)

@@ -216,6 +216,33 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_policy, triples_
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize(("size", "kept"), [("800k", "checkpoint-4"), ("1100k", "checkpoint-6")])
+def test_a_full_disk_is_named_and_the_run_goes_on_with_room(size, kept, tmp_path, tiny_policy, triples_file):
+    """In a checkpoint, and in the finished adapter."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "lmolt", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root's right to mount")
+    arguments = ["--loss", "cpo", "--model", tiny_policy, "--triples", triples_file, *QUICK, "--lora_r", "8"]
+    arguments += ["--eval_strategy", "no", "--eval_fraction", "0", "--save_strategy", "steps", "--save_steps", "2"]
+    arguments += ["--max_steps", "6", "--save_total_limit", "9"]
+    train = lambda folder, *more: script.main([*map(str, arguments), "--output_dir", str(folder), *more])
+    try:
+        with pytest.raises(OSError, match="No space left on device; make room there, and --resume_from_chec") as full:
+            train(disk / "out")
+        assert full.value.filename == str(disk / "out")
+        assert last_good_checkpoint(disk / "out").name == kept
+        subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
+        train(disk / "out", "--resume_from_checkpoint", "true")
+        train(tmp_path / "whole")
+        one, two = (load_file(f / "adapter_model.safetensors") for f in (disk / "out", tmp_path / "whole"))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    finally:
+        ownership.release()
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     for step in (2, 4, 6):
         folder = tmp_path / f"checkpoint-{step}"

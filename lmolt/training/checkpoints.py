@@ -1,12 +1,17 @@
 """Checkpoints that can be trusted: each carries a manifest, and an incomplete one is passed over, aloud."""
 
 import contextlib
+import errno
 import json
 import logging
+import os
 import re
 import socket
+import tempfile
 import time
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from lmolt.distributed import strategy
 from lmolt.files import sha256_file, write_whole
@@ -56,6 +61,30 @@ def check_seen_alike(checkpoint: Path, patience: float = 30.0) -> None:
         else f"the first process resumes from {checkpoint}, which is another one, or none, on {socket.gethostname()}; "
         "all machines need the same --output_dir, on a disk that they share"
     )
+
+
+@contextlib.contextmanager
+def full_disk_is_named(folder: Path):
+    """Where a disk that is full stops what is done inside, an `OSError` says so and names `folder`.
+
+    torch and safetensors have errors of their own for that, without the folder, and some without the cause.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        try:
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(bytes(1 << 20))
+                probe.flush()
+                os.fsync(probe.fileno())
+        except OSError as full:
+            if full.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OSError(
+                    full.errno,
+                    f"{full.strerror}; make room there, and --resume_from_checkpoint true goes on",
+                    str(folder),
+                ) from error
+        raise
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
