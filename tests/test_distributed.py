@@ -168,6 +168,38 @@ def test_a_process_that_left_its_group_ends_in_peace():
     assert [process.wait(timeout=120) for process in processes] == [0, 75]
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, who may give files away")
+@pytest.mark.parametrize("name", ["ZeRO-2", "FSDP", "single"])
+def test_checkpoints_of_others_are_not_unpickled(name, tmp_path):
+    checkpoint, saved = tmp_path / "checkpoint-2", {"name": name, "world_size": 2, "triples_per_step": 4}
+    (checkpoint / "global_step2").mkdir(parents=True)
+    strategy.write(checkpoint, saved)
+    shard, elsewhere = checkpoint / "global_step2" / "shard.pt", tmp_path / "theirs.pt"
+    shard.touch(), elsewhere.touch()
+    strategy.check_resumable(checkpoint, saved)
+    os.chown(elsewhere, 12345, 12345)
+
+    def refused(path: Path, what: str) -> None:
+        if name == "single":  # reads no pickles
+            return strategy.check_resumable(checkpoint, saved)
+        with pytest.raises(
+            ValueError,
+            match=f"{path} {what}, and resuming under {name} would run any code in it .*"
+            f"shards are pickles.*; train on from the adapter, which holds none: --adapter {checkpoint}",
+        ):
+            strategy.check_resumable(checkpoint, saved)  # fmt: skip
+
+    for path in (shard, shard.parent, checkpoint):
+        os.chown(path, 12345, 12345)
+        refused(path, "belongs to another user")
+        os.chown(path, os.getuid(), os.getgid())
+    shard.chmod(0o666)
+    refused(shard, "can be written by any user")
+    shard.unlink()
+    shard.symlink_to(elsewhere)
+    refused(shard, "belongs to another user")
+
+
 def test_checkpoints_that_do_not_fit(tmp_path):
     saved = {"name": "ZeRO-3", "offload": "none", "world_size": 2, "triples_per_step": 64}
     strategy.write(tmp_path, saved)

@@ -84,9 +84,11 @@ def check_resumable(checkpoint: Path, strategy: dict) -> None:
         )
     if strategy["name"].startswith("ZeRO") or strategy["name"] == "FSDP":
         for path in (checkpoint, *checkpoint.rglob("*")):
-            if path.lstat().st_uid != os.getuid():
+            link, its = path.lstat(), path.stat()
+            whose = "belongs to another user" if {link.st_uid, its.st_uid} != {os.getuid()} else ""
+            if whose := whose or ("can be written by any user" if its.st_mode & 0o002 else ""):
                 raise ValueError(
-                    f"{path} belongs to another user, and resuming under {strategy['name']} would run any code in it "
+                    f"{path} {whose}, and resuming under {strategy['name']} would run any code in it "
                     f"(its shards are pickles); train on from the adapter, which holds none: --adapter {checkpoint}"
                 )
     if before["triples_per_step"] != strategy["triples_per_step"]:
