@@ -1,5 +1,6 @@
 """Two processes under each strategy train NF4 QLoRA like one: the same losses, adapter and resumption."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -180,14 +181,9 @@ def test_checkpoints_of_others_are_not_unpickled(name, tmp_path):
     os.chown(elsewhere, 12345, 12345)
 
     def refused(path: Path, what: str) -> None:
-        if name == "single":  # reads no pickles
-            return strategy.check_resumable(checkpoint, saved)
-        with pytest.raises(
-            ValueError,
-            match=f"{path} {what}, and resuming under {name} would run any code in it .*"
-            f"shards are pickles.*; train on from the adapter, which holds none: --adapter {checkpoint}",
-        ):
-            strategy.check_resumable(checkpoint, saved)  # fmt: skip
+        message = f"{path} {what}, and resuming under {name} would run any code in it .*shards are pickles.*--adapter"
+        with pytest.raises(ValueError, match=message) if name != "single" else contextlib.nullcontext():
+            strategy.check_resumable(checkpoint, saved)  # one process reads no pickles
 
     for path in (shard, shard.parent, checkpoint):
         os.chown(path, 12345, 12345)
