@@ -8,12 +8,15 @@ import shlex
 from fnmatch import fnmatch
 from pathlib import Path
 
+import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token, metadata_update
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from lmolt import ownership
 from lmolt.card import model_index
 
+# What huggingface_hub, its HTTP client and hf_xet (`RuntimeError`) raise: they have no common ancestor
+HUB_ERRORS = (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RuntimeError)
 LICENCE = ("license", "license_name", "license_link")
 NOT_UPLOADED = ("checkpoint-*", "unfinished")  # what a run needs to go on, and nobody to use its outcome
 
@@ -33,7 +36,7 @@ def reserve(name: str, private: bool | None = None, revision: str | None = None,
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         is_private = api.model_info(repo_id).private
-    except Exception as error:  # of huggingface_hub, its HTTP client or hf_xet: they have no common ancestor
+    except HUB_ERRORS as error:
         raise OSError(
             f"can't push to {name} on the Hub ({_reason(error)}); give a token that may write there (`hf auth login` "
             "or HF_TOKEN), another --hub_model_id, or leave --push_to_hub out"
@@ -90,7 +93,7 @@ def push(
             commit_message="Upload with LMolT",
             revision=revision,
         )
-    except (Exception, KeyboardInterrupt) as error:  # as above
+    except (*HUB_ERRORS, KeyboardInterrupt) as error:
         raise OSError(
             f"{folder} is finished and stays as it is, but its upload to {repo_id} failed ({_reason(error)}). "
             f"Upload it later with: {upload_command(folder, script, repo_id, private, revision)}"
@@ -109,7 +112,7 @@ def push_metrics(file: Path, record: dict, repo_id: str) -> str:
         api.upload_file(path_or_fileobj=file, path_in_repo=path, repo_id=repo_id)
         index = model_index(repo_id.split("/")[-1], record, f"{api.endpoint}/{repo_id}/blob/main/{path}")
         return metadata_update(repo_id, {"model-index": index}, overwrite=True)
-    except (Exception, KeyboardInterrupt) as error:  # as above
+    except (*HUB_ERRORS, KeyboardInterrupt) as error:
         raise OSError(
             f"{file} is written, but putting it on {repo_id}'s card failed ({_reason(error)}); the same command "
             "does it later, without translating again"

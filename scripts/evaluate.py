@@ -404,9 +404,9 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.round_trip:
         translate_back(args, translators, rows, counts)
     if not args.predictions or args.round_trip:
-        from lmolt.distributed.strategy import leave_group  # here: scoring outputs that exist needs no torch
+        from lmolt.distributed.strategy import exit_other_processes  # here: scoring outputs that exist needs no torch
 
-        leave_group()
+        exit_other_processes()
     if not FIRST_PROCESS:
         return
 

@@ -229,9 +229,9 @@ def main(argv: list[str]) -> None:
 
     # --- write; the others end without waiting, their translations being gathered
     if prompts:
-        from lmolt.distributed.strategy import leave_group
+        from lmolt.distributed.strategy import exit_other_processes
 
-        leave_group()
+        exit_other_processes()
     if not FIRST_PROCESS:
         return
     from lmolt.files import write_whole

@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.output and FIRST_PROCESS:
         take(args)
 
-    from lmolt.distributed.strategy import leave_group
+    from lmolt.distributed.strategy import exit_other_processes
 
     translator = translator_of(args)
     journal = args.output and args.output.with_name(args.output.name + ".journal")
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     how = {key: getattr(args, key) for key in (*candidates, "properties", "max_new_tokens", "tokens_per_batch")}
     direction = args.direction or sources.direction
     found = translator.translate(sources.texts, direction, journal=journal, progress=bool(args.output), **how)
-    leave_group()
+    exit_other_processes()
     if not FIRST_PROCESS:
         return
 

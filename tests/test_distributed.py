@@ -154,10 +154,10 @@ def test_a_process_that_left_its_group_ends_in_peace():
     """Exchanges of another group are still under way when the work is done: they abort an interpreter that ends."""
     script = (
         "import time, torch, torch.distributed as dist; from accelerate import PartialState\n"
-        "from lmolt.distributed.strategy import leave_group\n"
+        "from lmolt.distributed.strategy import exit_other_processes\n"
         "state, group = PartialState(cpu=True), dist.new_group()\n"
         "for _ in range(500): dist.all_reduce(torch.ones(10), group=group, async_op=True)\n"
-        "leave_group(75)\n"
+        "exit_other_processes(75)\n"
         "assert state.is_main_process\n"
         "time.sleep(1)"
     )

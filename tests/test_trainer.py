@@ -1,6 +1,7 @@
 """Training: one gradient however a step is split, every row once an epoch, resume to the bit, collapse seen."""
 
 import dataclasses
+import itertools
 import logging
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, Gemma2Co
 
 from lmolt.models import loading
 from lmolt.models.tiles import Tiles
+from lmolt.prompts import build_prompt, encode_output, encode_prompt
 from lmolt.training import batches, reference
 from lmolt.training.batches import StepBatchSampler, balance
 from lmolt.training.trainer import PreferenceArguments, PreferenceTrainer
@@ -315,23 +317,35 @@ def test_evaluation_leaves_nf4_training_its_gradients(tiny_policy, few_triples, 
 
 
 def test_a_sample_is_translated_and_decides_the_best_model(tiny_policy, few_triples, tmp_path):
+    tokenizer, model = loading.load_tokenizer(str(tiny_policy)), AutoModelForCausalLM.from_pretrained(tiny_policy)
+    few_triples[1]["chosen"] = "CN"  # the first row whose molecule is sought; the second is another
+    chain = [encode_prompt(tokenizer, build_prompt("cap2mol", "x"))[-1], *encode_output(tokenizer, "CN")]
+    assert len(set(chain)) == len(chain) > 2
+    with torch.no_grad():  # a model that is a table: after the prompt comes the chain, whatever was asked
+        for name, weight in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name or "lm_head" in name:
+                weight.zero_()
+        for before, after in itertools.pairwise(chain):
+            model.lm_head.weight[after] = 10 * model.model.embed_tokens.weight[before]
+    model.save_pretrained(tmp_path / "table")
+    tokenizer.save_pretrained(tmp_path / "table")
     trainer = make_trainer(
-        tiny_policy,
+        tmp_path / "table",
         few_triples,
         tmp_path / "run",
         per_device_train_batch_size=24,
         eval_strategy="epoch",
         save_strategy="epoch",
         load_best_model_at_end=True,
-        metric_for_best_model="cap2mol/validity",
+        metric_for_best_model="cap2mol/exact_match",
         eval_translations=2,
         eval_max_new_tokens=5,
     )
     trainer.train()
     evaluated = [row for row in trainer.state.log_history if "eval_loss" in row][-1]
-    for key in ("mol2cap/bleu2", "cap2mol/validity", "cap2mol/exact_match"):
-        assert 0 <= evaluated[f"eval_{key}"] <= 1
-    assert trainer.state.best_metric == evaluated["eval_cap2mol/validity"]
+    found = [evaluated[f"eval_{key}"] for key in ("cap2mol/validity", "cap2mol/exact_match", "mol2cap/bleu2")]
+    assert found == [1.0, 0.5, 0.0]  # "CN" both times, right once, and no caption
+    assert trainer.state.best_metric == 0.5
 
 
 def test_a_second_run_finds_its_reference_and_another_model_does_not(tiny_policy, few_triples, tmp_path):

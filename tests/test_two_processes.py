@@ -81,7 +81,7 @@ except ValueError as error:
     said = error
 os.write(1, f"{rank} {said}\\n".encode())  # in one piece: both write to the same pipe
 PartialState().wait_for_everyone()
-os._exit(0)  # as strategy.leave_group: a thread of gloo's may abort an interpreter that finalizes
+os._exit(0)  # as strategy.exit_other_processes: a thread of gloo's may abort an interpreter that finalizes
 """
 
 

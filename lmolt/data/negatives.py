@@ -27,37 +27,37 @@ CHOICES = ("closest", "invalid", "hallucinated")
 _MORGAN = rdFingerprintGenerator.GetMorganGenerator(radius=2)
 
 
-class Judgement(NamedTuple):
+class OutputLabel(NamedTuple):
     valid: bool  # a molecule and nothing else; captions all are
     right: bool  # says what the preferred output says
     similarity: float  # to the preferred output, 0 to 1; NaN where not valid
     odd: str = ""  # what it is instead of a SMILES (smiles.ODDITIES), or that RDKit did not finish it
 
 
-def judge(direction: str, comparisons: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Judgement]:
-    """A judgement of each distinct (preferred output, output)."""
+def label_outputs(direction: str, comparisons: Iterable[tuple[str, str]]) -> dict[tuple[str, str], OutputLabel]:
+    """The label of each distinct (preferred output, output)."""
     distinct = list(dict.fromkeys(comparisons))
     if direction == CAP2MOL:
-        found = in_processes(_judge_molecule, distinct)
-        unfinished = Judgement(False, False, float("nan"), "what RDKit does not finish")
+        found = in_processes(_label_molecule, distinct)
+        unfinished = OutputLabel(False, False, float("nan"), "what RDKit does not finish")
         return {p: unfinished if isinstance(f, Unfinished) else f for p, f in zip(distinct, found, strict=True)}
     scores = chrf([a for a, _ in distinct], [b for _, b in distinct])
     same = [a.casefold().split() == b.casefold().split() for a, b in distinct]
-    return {pair: Judgement(True, *found) for pair, *found in zip(distinct, same, scores.tolist(), strict=True)}
+    return {pair: OutputLabel(True, *found) for pair, *found in zip(distinct, same, scores.tolist(), strict=True)}
 
 
-def _judge_molecule(comparison: tuple[str, str]) -> Judgement:
+def _label_molecule(comparison: tuple[str, str]) -> OutputLabel:
     if cause := oddity(comparison[1]):  # text after a molecule makes it none
-        return Judgement(False, False, float("nan"), ODDITIES[cause][0])
+        return OutputLabel(False, False, float("nan"), ODDITIES[cause][0])
     preferred, output = map(parse, comparison)
     if output is None:
-        return Judgement(False, False, float("nan"))
+        return OutputLabel(False, False, float("nan"))
     right = Chem.MolToSmiles(preferred) == Chem.MolToSmiles(output)
     if not right and len({rdMolDescriptors.CalcMolFormula(m) for m in (preferred, output)}) == 1:
         inchi = Chem.MolToInchi(preferred)
         right = inchi != "" and inchi == Chem.MolToInchi(output)  # an atom `*` has none
     counts = [_MORGAN.GetSparseCountFingerprint(m) for m in (preferred, output)]
-    return Judgement(True, right, DataStructs.TanimotoSimilarity(*counts))
+    return OutputLabel(True, right, DataStructs.TanimotoSimilarity(*counts))
 
 
 def invented_groups(direction: str, pairs: list[dict], outputs: list[list[str]]) -> list[list[int]]:
@@ -92,7 +92,7 @@ def triples_of(
     source, target = COLUMNS[direction]
     stripped = [[output.strip() for output in outputs] for outputs in candidates]
     compared = ((pair[target], output) for pair, outputs in zip(pairs, stripped, strict=True) for output in outputs)
-    judgements = judge(direction, (comparison for comparison in compared if comparison[1]))
+    labels = label_outputs(direction, (comparison for comparison in compared if comparison[1]))
     invented = invented_groups(direction, pairs, stripped) if choice == "hallucinated" else None
     found, triples, similarities = Counter(), [], []
     for number, (pair, outputs) in enumerate(zip(pairs, stripped, strict=True)):
@@ -103,23 +103,23 @@ def triples_of(
                 found["empty output"] += 1
             elif output in wrong:
                 found["repeated output"] += 1
-            elif (judged := judgements[pair[target], output]).right:
+            elif (label := labels[pair[target], output]).right:
                 found["output equal to the preferred one"] += 1
-            elif drop_invalid and not judged.valid:
-                found[f"output that is {judged.odd}"] += bool(judged.odd)
+            elif drop_invalid and not label.valid:
+                found[f"output that is {label.odd}"] += bool(label.odd)
                 found["invalid SMILES dropped"] += 1
             else:
-                found[f"output that is {judged.odd}"] += bool(judged.odd)
-                wrong[output] = judged
+                found[f"output that is {label.odd}"] += bool(label.odd)
+                wrong[output] = label
         if not wrong:
             found["pairs without a wrong output"] += 1
             continue
         first = dict.fromkeys(wrong, 0)  # what counts before validity and similarity
         if choice == "invalid":
-            first = {output: not judged.valid for output, judged in wrong.items()}
+            first = {output: not label.valid for output, label in wrong.items()}
         elif choice == "hallucinated":
             first = dict(zip(outputs, invented[number], strict=True))
-        hardness = {output: (first[output], judged.valid, judged.similarity) for output, judged in wrong.items()}
+        hardness = {output: (first[output], label.valid, label.similarity) for output, label in wrong.items()}
         for output in sorted(wrong, key=hardness.get, reverse=True)[:most]:  # the first of equals
             found["invalid SMILES kept"] += not wrong[output].valid
             similarities.append(wrong[output].similarity)

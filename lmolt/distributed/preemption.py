@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from transformers import TrainerCallback
 
-from lmolt.distributed.strategy import leave_group
+from lmolt.distributed.strategy import exit_other_processes
 
 SIGNALS = [signal.SIGTERM, *filter(None, [getattr(signal, "SIGUSR1", None)])]  # Windows has no SIGUSR1
 
@@ -42,7 +42,7 @@ class PreemptionCallback(TrainerCallback):
         PartialState().wait_for_everyone()  # the first process has sealed the checkpoint
         if saved := os.environ.get("LMOLT_SAVED"):  # for the supervisor: a launcher has exit codes of its own
             Path(saved).touch()
-        leave_group(os.EX_TEMPFAIL)
+        exit_other_processes(os.EX_TEMPFAIL)
         checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
         print(f"asked to stop: saved {checkpoint}; --resume_from_checkpoint true goes on from there", flush=True)
         self.on_train_end(args, state, control)

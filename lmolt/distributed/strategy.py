@@ -125,7 +125,7 @@ def all_agree(wrong: str | None) -> None:
             raise ValueError(text + f" (process {rank})" * (state.num_processes > 1))
 
 
-def leave_group(code: int = 0) -> None:
+def exit_other_processes(code: int = 0) -> None:
     """The end of what the processes do together: the first goes on alone for as long as it takes, the others end here.
 
     They end without ado, with exit code `code`: an interpreter that finalizes while a thread of gloo's still frees a

@@ -171,7 +171,8 @@ def _score_of(matched_reference: np.ndarray, reference_lengths, prediction_lengt
 def _pair_equal(rows: list, symbols: list) -> tuple[np.ndarray, np.ndarray]:
     """Indices that pair equal symbols of a row: the k-th last on one side with the k-th last on the other.
 
-    That is the pairing NLTK makes when it walks the prediction from its end and takes the last free reference word.
+    That is the pairing NLTK makes when it walks the prediction from its end and takes the last free reference word:
+    of the reference "a b a" and the prediction "a c a a", (2, 3) and (0, 2); the prediction's first "a" stays free.
     """
     size = max(s.max(initial=0) for s in symbols) + 1
     both = np.concatenate([r * size + s for r, s in zip(rows, symbols, strict=True)])

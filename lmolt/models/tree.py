@@ -65,6 +65,15 @@ def build_tree(sequences: list[tuple[list[int], list[int]]]) -> Tree:
 
     Neighbours in lexicographic order share the longest prefixes, so that sorting the sequences and storing of each
     what its predecessor lacks yields the prefix tree, depth first. `ValueError` on an empty prompt or output.
+
+    For the prompt [1, 2] with the outputs [5, 6] and [5, 7]:
+
+        input_ids     1  2  5  6  7
+        position_ids  0  1  2  3  3     depth
+        subtree_end   5  5  5  4  5     token i is seen by the tokens i to subtree_end[i] - 1
+        predictors    1  2  2           positions that predict the scored tokens: the 5 once, for both
+        targets       5  6  7
+        members       [0, 1, 0, 2], [0, 0, 1, 1]     scored token, and the sequence that sums it
     """
     full = [prompt + output for prompt, output in sequences]
     for i, (prompt, output) in enumerate(sequences):

@@ -16,7 +16,7 @@ def save_finished(trainer, run: dict) -> list[str]:
     """Write the adapter and all that belongs to it, by name; `adapter_model.safetensors` appears last, by rename.
 
     `run` is what the trainer doesn't know: its data and reference, versions, licence.
-    All processes call it; the first returns, and the others end in it (`strategy.leave_group`).
+    All processes call it; the first returns, and the others end in it (`strategy.exit_other_processes`).
     """
     output_dir = Path(trainer.args.output_dir)
     staging = output_dir / "unfinished"
@@ -25,7 +25,7 @@ def save_finished(trainer, run: dict) -> list[str]:
     trainer.save_model(str(staging), _internal_call=True)  # else Trainer uploads at once, with a card of its own
     efficiency = trainer.efficiency.summary(trainer.accelerator, trainer.state.total_flos)
     run = record(trainer) | run
-    strategy.leave_group()  # the first process goes on alone
+    strategy.exit_other_processes()  # the first process goes on alone
     check_saved_adapter(staging, trainer.model)
     (staging / "run.json").write_text(json.dumps(run, indent=1))
     trainer.state.save_to_json(str(staging / "trainer_state.json"))
