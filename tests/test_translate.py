@@ -115,7 +115,7 @@ def test_a_draw_inverts_the_distribution_of_the_most_probable_tokens():
     assert decoding._draw(logits, 0.45, draws)[:, 0].tolist() == [1] * 5
 
 
-def test_what_the_journal_has_is_not_translated_again(translator, tmp_path, monkeypatch):
+def test_what_the_journal_has_is_not_translated_again(translator, tmp_path, monkeypatch, caplog):
     model, tokenizer, prompts = translator
     journal = tmp_path / "journal"
     expected = translate(model, tokenizer, prompts, max_new_tokens=NEW, tokens_per_batch=150, journal=journal)
@@ -132,13 +132,17 @@ def test_what_the_journal_has_is_not_translated_again(translator, tmp_path, monk
     translate(model, tokenizer, prompts, max_new_tokens=NEW - 1, journal=journal)  # other settings: other rows
     assert sum(decoded) == len(prompts)
     decoded.clear()
+    file.write_bytes(file.read_bytes().replace(b'"output": [["', b'"output": [["X', 1))
+    assert translate(model, tokenizer, prompts, max_new_tokens=NEW, journal=journal) == expected
+    assert sum(decoded) == 1 and f"{file} line 1 is damaged: its row is translated again" in caplog.text
+    decoded.clear()
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1.5)  # other weights: other rows
         translate(model, tokenizer, prompts, max_new_tokens=NEW, journal=journal)
         model.get_input_embeddings().weight.div_(1.5)
     assert sum(decoded) == len(prompts)
     for line in file.read_text().splitlines():
-        assert not line or line == lines[9][:20].decode() or set(json.loads(line)) == {"key", "output"}
+        assert not line or line == lines[9][:20].decode() or set(json.loads(line)) == {"key", "output", "crc"}
 
 
 real = translation.decode
