@@ -368,13 +368,13 @@ def test_a_cached_reference_of_another_model_is_computed_again(tiny_policy, few_
     trainer.set_references({"base": "a"})
     file = cached_reference(tmp_path)
     before = load_file(file)["logps"].clone()
-    save_file({"logps": before - 1}, file)
+    file.write_bytes(reference.as_file(before - 1))
     assert trainer.set_references({"base": "a"}) == "computed"
     assert "differ by" in caplog.text and "computed again" in caplog.text
     assert torch.allclose(trainer.train_dataset.references, before) and torch.allclose(load_file(file)["logps"], before)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "key", "rows", "nan", "inf", "dtype"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "key", "rows", "nan", "inf", "dtype", "bit"])
 def test_a_damaged_reference_is_computed_again(damage, tiny_policy, few_triples, tmp_path, caplog):
     trainer = make_trainer(tiny_policy, few_triples, tmp_path)
     trainer.set_references({"base": "a"})
@@ -385,8 +385,16 @@ def test_a_damaged_reference_is_computed_again(damage, tiny_policy, few_triples,
     wrong["nan"]["logps"][3, 1], wrong["inf"]["logps"][3] = torch.nan, -torch.inf
     if damage in ("cut", "empty"):
         file.write_bytes(file.read_bytes()[:200] if damage == "cut" else b"")
-    else:
+    elif damage == "bit":
+        data = bytearray(file.read_bytes())
+        data[-20] ^= 1  # of a row that isn't computed again as a check
+        file.write_bytes(data)
+    elif damage == "dtype":
         save_file(wrong[damage], file)
+    else:
+        file.write_bytes(
+            reference.save(wrong[damage], {"xxh3_128": reference._digest(next(iter(wrong[damage].values())))})
+        )
     assert trainer.set_references({"base": "a"}) == "computed"
     assert f"{file} is damaged" in caplog.text
     assert torch.equal(trainer.train_dataset.references, logps)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from tqdm import tqdm
 
 from lmolt.files import cache_folder, write_whole
@@ -48,7 +49,10 @@ def read_cache(path: Path, num_examples: int) -> torch.Tensor | None:
     if not path.exists():
         return None
     try:
-        logps = load_file(path)["logps"].clone()  # and not the mapped file
+        with safe_open(path, "pt") as file:
+            logps, digest = file.get_tensor("logps").clone(), (file.metadata() or {}).get("xxh3_128")
+        if digest != _digest(logps):
+            raise ValueError("it has changed since it was written")
         if logps.shape != (num_examples, 3) or logps.dtype != torch.float64:
             raise ValueError(f"it holds {logps.dtype} {tuple(logps.shape)} instead of float64 {(num_examples, 3)}")
         lacking = logps.isnan().any(1)
@@ -58,6 +62,15 @@ def read_cache(path: Path, num_examples: int) -> torch.Tensor | None:
         logger.warning("%s is damaged (%s): computed again", path, " ".join(str(error).split()))
         return None
     return logps
+
+
+def as_file(logps: torch.Tensor) -> bytes:
+    """What `read_cache` reads: the log-probabilities and their checksum."""
+    return save({"logps": logps}, metadata={"xxh3_128": _digest(logps)})
+
+
+def _digest(logps: torch.Tensor) -> str:
+    return xxhash.xxh3_128_hexdigest(logps.contiguous().numpy().tobytes())
 
 
 def log_probabilities(trainer, examples: list[Example], identity: dict) -> tuple[torch.Tensor, str]:
@@ -103,13 +116,13 @@ def log_probabilities(trainer, examples: list[Example], identity: dict) -> tuple
                 )
             checked = True
         if first and time.monotonic() > saved + SAVE_EVERY:
-            write_whole(path, save({"logps": logps}))
+            write_whole(path, as_file(logps))
             saved = time.monotonic()
     if logps.isnan().any() or logps.isinf().any():
         row = int((~logps.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"triple {examples[row].id!r} has a log-probability that isn't finite under the reference")
     if first:
-        write_whole(path, save({"logps": logps}))
+        write_whole(path, as_file(logps))
     return logps, "computed" if len(lacking) == len(examples) else f"cached, {len(lacking)} of them computed"
 
 
