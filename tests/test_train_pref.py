@@ -254,6 +254,12 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     (tmp_path / "checkpoint-4" / "adapter_model.safetensors").write_bytes(b"x" * 50)
     assert last_good_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert "50 bytes instead of 100" in caplog.text
+    manifest = tmp_path / "checkpoint-2" / "manifest.json"
+    sealed = manifest.read_text()
+    for damaged in (sealed[:-1], "[1]", '{"a": 7}', '{"a": ["x", "y"]}', "\0" * 20):
+        manifest.write_text(damaged)
+        assert what_is_wrong(tmp_path / "checkpoint-2") == "its manifest.json is damaged"
+    manifest.write_text(sealed)
     (tmp_path / "checkpoint-2" / "adapter_model.safetensors").unlink()
     assert last_good_checkpoint(tmp_path) is None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lmolt.distributed import strategy
-from lmolt.files import sha256_file, write_whole
+from lmolt.files import read_json, sha256_file, write_whole
 
 MANIFEST = "manifest.json"
 logger = logging.getLogger(__name__)
@@ -31,7 +31,11 @@ def what_is_wrong(checkpoint: Path) -> str | None:
     """Why a checkpoint can't be used, in words; None if each file is there and unchanged."""
     if not (checkpoint / MANIFEST).exists():
         return "its saving was interrupted (no manifest.json)"
-    for name, (size, digest) in json.loads((checkpoint / MANIFEST).read_text()).items():
+    try:
+        entries = [(name, int(size), str(digest)) for name, (size, digest) in read_json(checkpoint / MANIFEST).items()]
+    except (ValueError, TypeError):
+        return "its manifest.json is damaged"
+    for name, size, digest in entries:
         file = checkpoint / name
         if not file.exists():
             return f"{name} is missing"
