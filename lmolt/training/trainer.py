@@ -366,8 +366,12 @@ class PreferenceTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        # Trainer pickles its arguments; they stand in run.json, as text
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # pickled arguments; they stand in run.json, as text
+        config = json.loads((folder / "adapter_config.json").read_text())
+        modules = config.get("target_modules")  # a set's, whose order is another in each process
+        config |= {"target_modules": sorted(modules)} if isinstance(modules, list) else {}
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
     def _save_rng_state(self, output_dir):
         """What makes a resumed run the same to the bit: random states, and the shapes its attention was computed in."""
