@@ -26,8 +26,8 @@ from lmolt.files import write_table
 ROOT = Path(__file__).resolve().parents[1]
 TRIALS = int(os.environ.get("LMOLT_KILLS", "3"))
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-TIMES = ("created", "efficiency", "wall_seconds", "train_runtime", "train_loss", "train_samples_per_second")
-TIMES += ("train_steps_per_second", "tokens_per_second", "seconds", "peak_memory", "scored_tokens", "total_flos")
+TIMES = ("created", "efficiency", "train_loss", "total_flos", "scored_tokens", "padding", "peak_memory")
+TIMES += ("_runtime", "_per_second", "seconds")  # and what ends so
 STAGES = ["pairs and stand-in models", "triples", "CPO", "SLERP 19:1", "SLERP + CPO"]
 STAGES += ["evaluate start", "evaluate cpo", "evaluate slerp_cpo", "report"]
 
@@ -64,18 +64,20 @@ def content(folder: Path) -> dict[str, object]:
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = str(path.relative_to(folder))
-        if path.suffix in (".safetensors", ".parquet", ".jsonl", ".csv", ".tex") and "checkpoint-" not in name:
+        if "checkpoint-" in name or "efficiency" in path.name:
+            continue
+        if path.suffix in (".safetensors", ".parquet", ".jsonl", ".csv", ".tex") or path.name == "adapter_config.json":
             found[name] = path.read_bytes() if path.name != ".lmolt.jsonl" else sorted(path.read_text().split("\n"))
-        elif path.suffix == ".json" and path.name != "efficiency.json" and "checkpoint-" not in name:
+        elif path.suffix == ".json":
             found[name] = _timeless(json.loads(path.read_text()))
-        elif "checkpoint-" not in name:
+        else:
             found[name] = None  # that it is there
     return found
 
 
 def _timeless(value):
     if isinstance(value, dict):
-        return {k: _timeless(v) for k, v in value.items() if k not in TIMES and k != "resume_from_checkpoint"}
+        return {k: _timeless(v) for k, v in value.items() if not k.endswith(TIMES) and k != "resume_from_checkpoint"}
     return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 
