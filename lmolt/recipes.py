@@ -2,7 +2,10 @@
 
 import argparse
 import difflib
+import itertools
+import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +15,7 @@ import yaml
 
 from lmolt.files import read_text, shipped
 
+logger = logging.getLogger(__name__)
 # What runs code, deletes, uploads or names a secret is asked for by whoever types the command, never by a file.
 COMMAND_LINE_ONLY = ("trust_remote_code", "overwrite_output_dir", "push_to_hub", "resume_from_checkpoint", "recipe")
 COMMAND_LINE_ONLY += ("help", "help_all", "overwrite")
@@ -23,6 +27,20 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """argparse's, which takes the last of a flag's values; where they differ, a warning says so."""
+        args = list(sys.argv[1:] if args is None else args)
+        starts = [i for i, text in enumerate(args) if text.startswith("--")] + [len(args)]
+        given: dict[str, list[str]] = {}
+        for start, stop in itertools.pairwise(starts):
+            words = [*args[start].split("=", 1), *args[start + 1 : stop]]
+            if (action := self._option_string_actions.get(words[0])) is None:
+                continue
+            if (known := given.get(action.dest, words)) != words and os.environ.get("RANK", "0") == "0":
+                logger.warning("%s and %s were both given: the last counts", " ".join(known), " ".join(words))
+            given[action.dest] = words
+        return super().parse_known_args(args, namespace)
 
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)

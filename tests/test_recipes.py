@@ -116,6 +116,12 @@ def test_flags_are_strict(argv, message):
         parse(argv)
 
 
+def test_a_flag_given_twice_is_said(caplog):
+    assert parse(["--seed", "1", "--model", "a", "--seed=1"]).seed == 1 and not caplog.text
+    assert parse(["--names", "a", "b", "--model", "a", "--names=c"]).names == ["c"]
+    assert "--names a b and --names c were both given: the last counts" in caplog.text
+
+
 @pytest.mark.parametrize("script", ["make_triples", "train_pref", "merge", "evaluate", "translate", "paper"])
 def test_no_script_takes_abbreviations(script):
     done = subprocess.run([sys.executable, ROOT / "scripts" / f"{script}.py", "--hel"], capture_output=True, text=True)
