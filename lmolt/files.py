@@ -214,7 +214,8 @@ def sha256_file(path: Path | str) -> str:
 # --- tables
 
 
-_LARGEST = 4 * 2**30  # bytes of a text file, unpacked: what is larger is no table of pairs
+_LARGEST = 2 * 2**30  # bytes of a packed file's content: what is larger is no table of pairs
+_CELL = 64  # bytes of a value in Python, beside its own
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32"}
 _MARKS |= {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # UTF-32's begins with UTF-16's, so they come last
 
@@ -228,11 +229,11 @@ def read_text(path: Path | str, encoding: str = "utf-8") -> str:
     data = path.read_bytes()
     if data.startswith(b"\x1f\x8b"):
         try:
-            pieces, size = [], 0
+            unpacked = bytearray()
             with gzip.open(io.BytesIO(data)) as file:
-                while size <= _LARGEST and (piece := file.read(1 << 24)):
-                    pieces, size = [*pieces, piece], size + len(piece)
-            data = b"".join(pieces)
+                while len(unpacked) <= _LARGEST and (piece := file.read(1 << 24)):
+                    unpacked += piece
+            data = unpacked
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: not a whole gzip file ({error}); pack it again") from None
         if len(data) > _LARGEST:
@@ -271,20 +272,49 @@ def read_table(path: str | Path, encoding: str = "utf-8") -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if suffix == ".parquet":
-        import pyarrow as pa  # here: merging starts in 0.15 s, and hashes with what is above
-        import pyarrow.parquet as pq
-
-        try:
-            rows = pq.read_table(path).to_pylist()
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # of its parts, without a name
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path}: not a readable parquet file ({reason}); write it again") from None
+        rows = _read_parquet(path)
     else:
         text = read_text(path, encoding)
         rows = _read_jsonl(path, text) if suffix == ".jsonl" else _read_separated(path, text)
     if not rows:
         raise ValueError(f"{path}: no rows in it")
     return rows
+
+
+def _read_parquet(path: Path) -> list[dict]:
+    """Its rows, while they stay under `_LARGEST`: encodings make millions of values out of some bytes."""
+    import pyarrow as pa  # here: merging starts in 0.15 s, and hashes with what is above
+    import pyarrow.parquet as pq
+
+    rows, size = [], 0
+    try:
+        with pq.ParquetFile(path) as file:
+            if file.metadata.num_rows * _CELL > _LARGEST:
+                raise ValueError(f"{path}: has {file.metadata.num_rows:,} rows; give a part of it")
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(batch_size=10_000, row_groups=[group]):
+                    size += batch.nbytes + _CELL * sum(map(_cells, batch.columns))
+                    if size > _LARGEST:
+                        raise ValueError(
+                            f"{path}: unpacks to over {_LARGEST / 2**30:g} GiB by row {len(rows):,}; give a part of it"
+                        )
+                    rows += batch.to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # of its parts, without a name
+        reason = " ".join(str(error).split())[:200]
+        where = f" row {len(rows) + 1} or later" if rows else ""
+        raise ValueError(f"{path}{where}: not a readable parquet file ({reason}); write it again") from None
+    return rows
+
+
+def _cells(column) -> int:
+    """How many values a column holds, those in lists and structs too."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(column.type):
+        return len(column) + sum(map(_cells, column.flatten()))
+    if pa.types.is_nested(column.type) and hasattr(column, "flatten"):
+        return len(column) + _cells(column.flatten())
+    return len(column)
 
 
 def _lines(text: str) -> list[str]:

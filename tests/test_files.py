@@ -1,14 +1,18 @@
 """How commands end, whichever way (run_main), and the hash by which files are told apart."""
 
+import gzip
 import os
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import xxhash
 from conftest import ROOT
 
 from lmolt import files
+from lmolt.files import read_table
 
 
 def run(code: str, environment: dict | None = None) -> subprocess.CompletedProcess:
@@ -94,6 +98,28 @@ def test_a_hash_needs_no_cache(tmp_path, monkeypatch):
     assert files.content_hash(file) == f"9000000-{xxhash.xxh3_128_hexdigest(bytes(9_000_000))}"
     with pytest.raises(FileNotFoundError):
         files.content_hash(tmp_path / "none")
+
+
+BOMBS = {
+    "one text, 100,000 times": lambda: {"a": pa.DictionaryArray.from_arrays([0] * 100_000, ["C" * 1000])},
+    "nothing, 100,000 times": lambda: {"a": pa.nulls(100_000, pa.string())},
+    "a long text": lambda: {"a": ["C" * 3_000_000]},
+    "a list": lambda: {"a": [[[None] * 100_000]]},
+    "in a struct": lambda: {"a": [{"x": {"y": [0] * 100_000}}]},
+}
+
+
+@pytest.mark.parametrize("kind", [*BOMBS, "gzip"])
+def test_what_unpacks_to_more_than_a_table_is_refused(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_LARGEST", 2_000_000)
+    path = tmp_path / ("bomb.csv.gz" if kind == "gzip" else "bomb.parquet")
+    if kind == "gzip":
+        path.write_bytes(gzip.compress(b"a,b\n" + b"C" * 3_000_000))
+    else:
+        pq.write_table(pa.table(BOMBS[kind]()), path)
+    assert path.stat().st_size < 200_000
+    with pytest.raises(ValueError, match=r"bomb\.\S+: (unpacks to over .* GiB|has 100,000 rows).*; give a part of it"):
+        read_table(path)
 
 
 def test_windows_is_told_in_one_line():
