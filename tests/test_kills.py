@@ -45,7 +45,7 @@ def strike(process: subprocess.Popen, number: int) -> None:
     session = [p for p in psutil.process_iter() if _session(p.pid) == process.pid]
     if number == signal.SIGKILL:
         process.kill()
-    else:
+    elif process.poll() is None:
         os.killpg(process.pid, number)
     process.wait(60)
     left = psutil.wait_procs([p for p in session if p.pid != process.pid], timeout=20)[1]
@@ -115,7 +115,7 @@ def commands(folder: Path, policy: Path) -> dict[str, tuple[list, str]]:
         "train_pref": (
             [*script("train_pref"), "--loss", "kto", "--model", policy, "--triples", "triples.jsonl", *QUICK,
              "--num_train_epochs", 3, "--save_strategy", "steps", "--save_steps", 4, "--eval_strategy", "steps",
-             "--eval_steps", 8, "--lora_r", 8, "--learning_rate", "1e-3", "--output_dir", "out"],
+             "--eval_steps", 4, "--lora_r", 8, "--learning_rate", "1e-3", "--output_dir", "out"],
             ["--resume_from_checkpoint", "true"],
         ),
         "merge": (
