@@ -332,7 +332,7 @@ def scored(args: argparse.Namespace, rows: list[dict], counts: dict) -> tuple[di
         found = read_pairs(args.novelty, args.novelty_split, default_split="train", invalid="drop", need=("molecule",))
         molecules = [pair["molecule"] for pair in found]
         known = {"known_molecules": molecules, "known_name": f"{args.novelty} ({len(found)})"}
-    back = args.round_trip_model or f"{args.model or args.system or 'nothing'}, which made it"
+    back = args.round_trip_model or "the system itself"  # each by itself: that is what two systems are compared in
     back += f" with {args.round_trip_adapter}" if args.round_trip_adapter else ""
     parts, columns, table = {}, {}, []
     for direction in dict.fromkeys(row["direction"] for row in rows):
