@@ -200,6 +200,8 @@ def _end(item: str):
         raise RuntimeError("Invariant Violation")
     if item == "ours":
         raise IndexError(item)
+    if item == "data":
+        raise ValueError(item)
     return item.upper()
 
 
@@ -212,7 +214,9 @@ def test_workers_tell_why_an_item_has_no_result(monkeypatch):
         assert [type(found[i]) for i in (1, 3, 4, 5)] == [workers.Unfinished] * 4
         assert found[1] == "RDKit crashed over it (SIGSEGV)" and found[3] == "RDKit did not finish it in 0.5 s"
         assert found[4] == "RDKit needed more than 2 GiB for it" and "Invariant Violation" in found[5]
-    with pytest.raises(IndexError, match="ours"):
+    with pytest.raises(ValueError, match="data"):
+        workers.in_processes(_end, ["a", "data"], 1)
+    with pytest.raises(RuntimeError, match="by the error above"):  # never taken for a crash of RDKit's
         workers.in_processes(_end, ["a", "ours"], 1)
 
 

@@ -60,8 +60,10 @@ class _Worker:
                 raise RuntimeError(f"a worker for RDKit did not start (exit code {code})") from None
 
     def cause(self) -> Unfinished:
-        """Why the worker is dead."""
+        """Why the worker is dead; `RuntimeError` where its Python ended by an error of ours."""
         code = self.process.wait()
+        if code == 1:
+            raise RuntimeError("a worker for RDKit ended by the error above")
         if code == -signal.SIGPROF:
             return Unfinished(f"RDKit did not finish it in {SECONDS:g} s")
         if code in (_OUT_OF_MEMORY, -signal.SIGKILL):
@@ -78,7 +80,8 @@ class _Worker:
 def in_processes(function, items: list, num_workers: int | None = None) -> list:
     """`[function(item) for item in items]`, `Unfinished` where RDKit did not come to an end; its log is silenced.
 
-    `function` is a module's; what it raises is raised here, but for RDKit's own `RuntimeError`, which is `Unfinished`.
+    `function` is a module's. Its `ValueError` is raised here; RDKit's own `RuntimeError` is `Unfinished`; of any other
+    error, a bug, the worker shows the traceback and ends, which is a `RuntimeError` here.
     The longest items go first, for balance. `num_workers`: processes, default one a core.
     """
     if not items:
@@ -162,7 +165,7 @@ def serve() -> None:
                     os._exit(_OUT_OF_MEMORY)
                 except RuntimeError as error:
                     result = True, Unfinished(f"RDKit gave up on it: {' '.join(str(error).split())[:200]}")
-                except Exception as error:
+                except ValueError as error:
                     result = False, error
                 if limited:
                     signal.setitimer(signal.ITIMER_PROF, 0)
