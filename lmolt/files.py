@@ -217,6 +217,14 @@ def sha256_file(path: Path | str) -> str:
 _LARGEST = 2 * 2**30  # bytes of a packed file's content: what is larger is no table of pairs
 _CELL = 64  # bytes of a value in Python, beside its own
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32"}
+_NO_TEXT = {
+    b"PK\x03\x04": "a zip archive, or a spreadsheet (.xlsx); unpack it, or save the sheet as CSV",
+    b"\xd0\xcf\x11\xe0": "an old spreadsheet (.xls); save the sheet as CSV",
+    b"PAR1": "a Parquet file; give its name the suffix .parquet",
+    **dict.fromkeys(
+        (b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf"), "packed; unpack it, or pack it with gzip"
+    ),
+}
 _MARKS |= {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # UTF-32's begins with UTF-16's, so they come last
 
 
@@ -227,6 +235,8 @@ def read_text(path: Path | str, encoding: str = "utf-8") -> str:
     """
     path = Path(path)
     data = path.read_bytes()
+    if what := next((what for mark, what in _NO_TEXT.items() if data.startswith(mark)), None):
+        raise ValueError(f"{path}: is no text but {what}")
     if data.startswith(b"\x1f\x8b"):
         try:
             unpacked = bytearray()
@@ -240,7 +250,7 @@ def read_text(path: Path | str, encoding: str = "utf-8") -> str:
             raise ValueError(f"{path}: unpacks to over {_LARGEST / 2**30:g} GiB; give a part of it")
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), encoding)
     try:
-        return data.decode(encoding)
+        text = data.decode(encoding).lstrip("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(
@@ -250,6 +260,9 @@ def read_text(path: Path | str, encoding: str = "utf-8") -> str:
         ) from None
     except LookupError:
         raise ValueError(f"unknown encoding {encoding!r}; use a name Python knows, such as utf-8 or latin-1") from None
+    if text.count("\0") > len(text) // 8:  # one in an output is the output's matter
+        raise ValueError(f"{path}: full of NUL characters, as UTF-16 without its mark is; convert it to UTF-8 (iconv)")
+    return text
 
 
 def table_suffix(path: Path | str) -> str:
@@ -262,7 +275,7 @@ def read_table(path: str | Path, encoding: str = "utf-8") -> list[dict]:
     """Rows of a .csv, .tsv (or .txt), .jsonl or .parquet file, in its order, values as they are stored.
 
     A .tsv is the field's: tab-separated without quoting, so a quote is data. A .csv may quote, and where its header
-    has semicolons and no comma, those separate. Text may be gzipped (.csv.gz). Rows are counted from 1, without the
+    has no comma, semicolons, tabs or bars separate. Text may be gzipped (.csv.gz). Rows are counted from 1, without the
     header; blank lines at the end are none. `FileNotFoundError`, or `ValueError` with file, row, value and
     remedy.
     """
@@ -319,6 +332,7 @@ def _cells(column) -> int:
 
 def _lines(text: str) -> list[str]:
     # Not str.splitlines, which also breaks at U+2028 and form feeds inside a caption.
+    text = text if "\n" in text else text.replace("\r", "\n")  # old Macs' ends of lines
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     return lines[:-1] if lines[-1] == "" else lines
 
@@ -335,6 +349,8 @@ def _read_jsonl(path: Path, text: str) -> list[dict]:
             raise ValueError(f"{path} row {number}: {line[:80]!r} is not JSON ({reason}); one object a line") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path} row {number}: {line[:80]!r} is not a JSON object; write {{column: value}}")
+        if r"\ud" in line.lower() and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise ValueError(f"{path} row {number}: holds half a character (a lone surrogate); write the file as UTF-8")
         rows.append(row)
     return rows
 
@@ -344,8 +360,9 @@ def _read_separated(path: Path, text: str) -> list[dict]:
         records = [line.split("\t") for line in _lines(text)]
     else:
         csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
-        header = text.partition("\n")[0]
-        separator = ";" if ";" in header and "," not in header else ","  # as spreadsheets write it in half of Europe
+        header = re.split("[\r\n]", text, maxsplit=1)[0]
+        # As spreadsheets write it in half of Europe, and as "text" that was given the suffix.
+        separator = next((mark for mark in ",;\t|" if mark in header), ",")
         try:
             records = list(csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator))
         except csv.Error as error:

@@ -132,6 +132,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--round_trip of --predictions needs --round_trip_model, which translates them back")
     if args.push_to_hub and (args.compare or not args.hub_model_id):
         parser.error("--push_to_hub is for one model's metrics, and needs --hub_model_id OWNER/NAME")
+    if not args.pairs and (args.limit is not None or args.split):
+        parser.error("--limit and --split choose among --pairs, which are not given")
     if (args.model or args.system) and not args.pairs:
         parser.error("--model and --system need --pairs: demo, a file, or a Hub data set")
     place = next(folder for folder in (args.output.absolute(), *args.output.absolute().parents) if folder.exists())
@@ -307,15 +309,21 @@ def compare(args: argparse.Namespace) -> None:
 
 def read(args: argparse.Namespace, pairs: list[dict] | None, counts: dict) -> list[dict]:
     """Prediction rows of the files of --predictions; `counts` says what was odd about them."""
-    from lmolt.data.predictions import drop_unreadable, read_predictions
+    from lmolt.data.predictions import read_predictions, usable
 
     rows = []
     for file, direction in zip(args.predictions, args.direction, strict=True):
         mine, found = read_predictions(file, direction, pairs, args.encoding, references=not args.no_references)
-        if args.invalid_pairs == "drop" and direction == CAP2MOL and not args.no_references:
-            mine, dropped = drop_unreadable(mine, file)
+        if found["references_of_file"] and (args.limit is not None or args.split):
+            raise ValueError(
+                f"{file}: has sources and references of its own, so --limit and --split choose nothing; leave them "
+                "out, or take those columns out of the file"
+            )
+        if not args.no_references:
+            mine, dropped = usable(mine, file, args.invalid_pairs)
             for row in dropped if FIRST_PROCESS else ():
-                print(f"left out: id {row['id']}, no molecule is its reference {row['reference'][:100]!r}")
+                what = "molecule" if direction == CAP2MOL else "caption"
+                print(f"left out: id {row['id']}, no {what} is its reference {row['reference'][:100]!r}")
             found["unreadable_reference_dropped"] = len(dropped)
         rows += mine
         counts[direction] += found

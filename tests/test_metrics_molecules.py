@@ -226,6 +226,7 @@ def test_workers_tell_why_an_item_has_no_result(monkeypatch):
         *[("CCO and this is the answer", "text_after"), ("CCO ethanol", "text_after"), ("C\tC", "text_after")],
         *[("CCN |$;;R1$|", "cxsmiles"), ("C[C@H](O)F |o1:1|", "cxsmiles")],
         *[("CCO\u200b", "non_ascii"), ("\ufeffCCO", "non_ascii"), ("CCCl₂", "non_ascii"), ("ＣＣＯ", "non_ascii")],
+        *[("CCO\u00a0", "non_ascii"), ("C\0C", "non_ascii")],
         *[("[C][C][O]", "selfies"), ("[C][=C][Branch1][C][O]", "selfies"), ("[O][=C]", "selfies")],
         *[
             ("InChI=1S/CH4/h1H4", "inchi"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lmolt.data.pairs import read_pairs
-from lmolt.data.predictions import digest, read_candidates, read_predictions, rows_of_pairs
+from lmolt.data.predictions import digest, read_candidates, read_predictions, rows_of_pairs, usable
 from lmolt.files import write_table
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "lpm24"
@@ -193,6 +193,50 @@ def test_the_direction_of_the_command_line_is_that_of_a_table_without_one(tmp_pa
     rows, counts = read_predictions(path, "cap2mol")
     assert rows == [{"id": "0", "direction": "cap2mol", "source": "a", "reference": "C", "prediction": "C"}]
     assert not counts
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.csv", b"PK\x03\x04\x14\x00", "no text but a zip archive, or a spreadsheet"),
+        ("a.csv", b"PAR1\x15\x04", "no text but a Parquet file; give its name the suffix .parquet"),
+        ("a.csv", "id,output\na,C\n".encode("utf-16-le"), "full of NUL characters, as UTF-16"),
+        ("a.json", '["C", "CC"]', "a JSON document; write one object a line"),
+        ("a.jsonl", '{"id": "a", "output": "\\ud800"}', "row 1: holds half a character"),
+        ("a.csv", "id,output,prediction\na,C,CC\n", "row 1: both 'prediction' and 'output'"),
+        ("a.jsonl", '{"id":"a","direction":"cap2mol","output":"C"}\n{"id":"b","output":"C"}', "row 2: direction None"),
+    ],
+)
+def test_what_is_no_table_of_outputs_is_said(tmp_path, name, data, message):
+    with pytest.raises(ValueError, match=message):
+        read_predictions(write(tmp_path / name, data), "cap2mol", PAIRS)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "\ufeff\ufeffid,output\na,C\nb,CC\n",
+        "id\toutput\na\tC\nb\tCC\n",
+        "id|output\na|C\nb|CC",
+        "id;output\ra;C\rb;CC\r",
+    ],
+)
+def test_tables_as_spreadsheets_write_them(tmp_path, data):
+    rows, _ = read_predictions(write(tmp_path / "a.csv", data), "cap2mol", PAIRS)
+    assert [row["prediction"] for row in rows] == ["C", "CC"]
+    lines = write(tmp_path / "a.txt", "C\rCC\r")
+    assert [row["prediction"] for row in read_predictions(lines, "cap2mol", PAIRS)[0]] == ["C", "CC"]
+
+
+@pytest.mark.parametrize("reference", ["nan", "N/A", "17", "['a']", "\u200b", "a\0b"])
+def test_a_reference_that_is_no_caption_is_refused_or_left_out(tmp_path, reference):
+    keys = ("id", "direction", "source", "reference", "prediction")
+    rows = [dict(zip(keys, ("a", "mol2cap", "C", text, "b"), strict=True)) for text in (reference, "methane")]
+    with pytest.raises(ValueError, match="f.csv id 'a': the reference is .*; .*--invalid_pairs drop"):
+        usable(rows, "f.csv", "error")
+    assert usable(rows, "f.csv", "drop") == (rows[1:], rows[:1])
+    with pytest.raises(ValueError, match="no caption is any of its 1 references"):
+        usable(rows[:1], "f.csv", "drop")
 
 
 def test_without_references(tmp_path):

@@ -117,6 +117,9 @@ def test_numbers_of_unlike_conventions_stand_apart():
     assert differ == {"bleu2": "pieces of SciBERT against plain words"}
     table = tables.results_table(3, records, MOL2CAP, "a", {}, differ)
     assert [cell.bold for row in table.rows for cell in row] == [False, False, True, False, False, True]
+    assert "Not evaluated" not in table.note
+    records["c"] = record(CAP2MOL, {})
+    assert " in this direction: c." in tables.results_table(3, records, MOL2CAP, "a", {}, differ).note
     assert table.rows[1][1].small == "" and "BLEU-2 was scored under several conventions" in table.note
 
 

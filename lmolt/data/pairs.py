@@ -4,6 +4,7 @@ A pair is `{"id": str, "molecule": SMILES, "caption": text}`, with `"split"` whe
 """
 
 import random
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -154,7 +155,7 @@ def _as_pairs(rows: list[dict], where: str, counts: Counter, invalid: str, need:
             if key == "molecule" and isinstance(value, str) and "\\\\" in value:
                 values[key] = value = value.replace("\\\\", "\\")  # two bonds in a row are never valid SMILES
                 counts["doubled backslashes made single"] += 1
-            if cause := _not_a(key, value):
+            if cause := not_a(key, value):
                 what, remedy = cause
                 if invalid == "error":
                     shown = "" if value in (None, "") else f" ({str(value)[:100]!r})"
@@ -176,20 +177,27 @@ def _as_pairs(rows: list[dict], where: str, counts: Counter, invalid: str, need:
     return pairs
 
 
-def _not_a(key: str, value) -> tuple[str, str] | None:
+def not_a(key: str, value) -> tuple[str, str] | None:
     """What a value is that is neither a molecule nor a caption, and what to do; None where it may be one."""
     if isinstance(value, (list, tuple, dict)):
         return "a list", "write a row for each of its values"
-    if value is None or value == "" or value != value:
+    if value is None or value != value or (isinstance(value, str) and not _visible(value)):
         return "empty", "fill it in, remove the row"
     if not isinstance(value, str):
         return "no text", f"name the column that holds the {key}s"
     from lmolt.metrics.smiles import ODDITIES, oddity  # RDKit, without which training runs where it reads triples
 
+    if key == "caption" and "\0" in value:
+        return "text with a NUL character", "remove the character"
     cause = oddity(value)
     if key == "molecule" or cause in ("missing_value", "number", "list"):
         return ODDITIES.get(cause)
     return None
+
+
+def _visible(text: str) -> bool:
+    """Whether there is anything to see: zero-width characters and marks of direction are not."""
+    return any(unicodedata.category(character)[0] not in "ZC" for character in text)
 
 
 def clean(

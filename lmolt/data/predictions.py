@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from lmolt.data.pairs import not_a
 from lmolt.files import read_table, read_text, table_suffix
 from lmolt.metrics.molecule import Features, features
 from lmolt.metrics.workers import in_processes
@@ -158,6 +159,8 @@ def _content(path: Path, direction: str, encoding: str, lines: bool):
     `("table", rows)`. Where `lines` may be asked for, text without a known header is that."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of predictions")
+    if path.suffix == ".json":
+        raise ValueError(f"{path}: a JSON document; write one object a line, {{column: value}}, into a .jsonl")
     if table_suffix(path) in (".parquet", ".jsonl", ".csv"):
         return "table", read_table(path, encoding)
     text = read_text(path, encoding)
@@ -175,17 +178,20 @@ def _content(path: Path, direction: str, encoding: str, lines: bool):
 
 def _records(path: Path, rows: list[dict], direction: str) -> list[_Record]:
     """A table's rows of one direction; `ValueError` names the row and what is no text in it."""
-    records = []
+    records, named = [], any("direction" in row for row in rows)
     for number, row in enumerate(rows, 1):
         place = f"row {number}"
-        its = row.get("direction", direction)
+        its = row.get("direction", None if named else direction)
         if its not in DIRECTIONS:
             raise ValueError(f"{path} {place}: direction {its!r} is not one of {', '.join(DIRECTIONS)}")
         if its != direction:
             continue
-        column = next((name for name in ("prediction", "output") if name in row), None)
-        if column is None:
+        columns = [name for name in ("prediction", "output") if name in row]
+        if not columns:
             raise ValueError(f"{path} {place}: no column 'prediction' (or 'output'), found {', '.join(row)}")
+        if len(columns) > 1:
+            raise ValueError(f"{path} {place}: both 'prediction' and 'output'; rename the one that is not to be scored")
+        column = columns[0]
         texts = [_text_of(path, place, name, row.get(name)) for name in ("source", "reference")]
         value, identifier = row[column], row.get("id")
         if identifier is not None and (isinstance(identifier, (list, dict, float)) or identifier == ""):
@@ -248,17 +254,36 @@ def _by_id(path: Path, records: list[_Record], direction: str, pairs: list[dict]
     return [outputs[pair["id"]] for pair in pairs]
 
 
-def drop_unreadable(rows: list[dict], where: str | Path) -> tuple[list[dict], list[dict]]:
-    """cap2mol's rows whose reference RDKit reads, and the others; `ValueError` where it reads none."""
+def usable(rows: list[dict], where: str | Path, invalid: str) -> tuple[list[dict], list[dict]]:
+    """The rows of one direction whose reference is a molecule that RDKit reads, or a caption, and the others.
+
+    Where `invalid` is "error" there are no others: a caption that is none is a `ValueError`, and molecules are read
+    when they are scored. `ValueError` where no row is left.
+    """
     distinct = list(dict.fromkeys(row["reference"] for row in rows))
-    readable = {s: isinstance(f, Features) for s, f in zip(distinct, in_processes(features, distinct), strict=True)}
-    kept = [row for row in rows if readable[row["reference"]]]
+    if rows[0]["direction"] == MOL2CAP:
+        why = {text: not_a("caption", text) for text in distinct}
+    elif invalid == "drop":
+        found = zip(distinct, in_processes(features, distinct), strict=True)
+        why = {s: None if isinstance(f, Features) else ("no molecule", "") for s, f in found}
+    else:
+        return rows, []
+    kept = [row for row in rows if why[row["reference"]] is None]
+    others = [row for row in rows if why[row["reference"]] is not None]
+    if others and invalid == "error":
+        what, remedy = why[others[0]["reference"]]
+        raise ValueError(
+            f"{where} id {others[0]['id']!r}: the reference is {what} ({others[0]['reference'][:100]!r}); {remedy}, or "
+            "leave such rows out with --invalid_pairs drop"
+        )
     if not kept:
-        raise ValueError(f"{where}: RDKit reads none of its {len(rows)} references, such as {rows[0]['reference']!r}")
-    return kept, [row for row in rows if not readable[row["reference"]]]
+        none = "no caption is any" if rows[0]["direction"] == MOL2CAP else "RDKit reads none"
+        raise ValueError(f"{where}: {none} of its {len(rows)} references, such as {rows[0]['reference']!r}")
+    return kept, others
 
 
 def _lines(text: str) -> list[str]:
+    text = text if "\n" in text else text.replace("\r", "\n")  # old Macs' ends of lines
     return text.removesuffix("\n").split("\n")
 
 

@@ -237,9 +237,7 @@ def _cached_features(references: list[str], cache_dir, num_workers) -> dict[str,
         return {s: Features(*row) for s, row in zip(references, rows, strict=True)}
     found = dict(zip(references, in_processes(features, references, num_workers), strict=True))
     if all(isinstance(f, Features) for f in found.values()):  # else `compare` names the one that is no molecule
-        rows = [
-            [*(text.encode() for text in f[:3]), *(vector.ToBinary() for vector in f[3:])] for f in found.values()
-        ]
+        rows = [[*(text.encode() for text in f[:3]), *(vector.ToBinary() for vector in f[3:])] for f in found.values()]
         arrays = {f"data{k}": np.frombuffer(b"".join(row[k] for row in rows), np.uint8) for k in range(6)}
         save_whole(path, arrays | {f"length{k}": np.array([len(row[k]) for row in rows]) for k in range(6)})
     return {s: f for s, f in found.items() if isinstance(f, Features)}

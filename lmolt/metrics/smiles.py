@@ -6,6 +6,7 @@ else.
 """
 
 import re
+import string
 
 from rdkit import Chem
 
@@ -43,8 +44,8 @@ def parse(smiles: str) -> Chem.Mol | None:
 def oddity(text: str) -> str | None:
     """The key in `ODDITIES` of what `text`, less its outer blanks, is instead of one plain SMILES, judged by its
     characters; None where it may be one, and for an empty text."""
-    text = text.strip()
-    if text.lower() in MISSING_VALUES:
+    text = text.strip(string.whitespace)  # a blank outside ASCII is a character of it
+    if text.strip().lower() in MISSING_VALUES:
         return "missing_value"
     if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", text, re.ASCII | re.IGNORECASE):
         return "number"
@@ -56,9 +57,9 @@ def oddity(text: str) -> str | None:
         return "overlong"
     if _is_selfies(text):
         return "selfies"
-    if re.search(r"\s+\|", text):
+    if re.search(r"\s+\|", text, re.ASCII):
         return "cxsmiles"
-    if re.search(r"\s", text):
+    if re.search(r"\s", text, re.ASCII):
         return "text_after"
     if re.search(r"[^\x21-\x7e]", text):
         return "non_ascii"

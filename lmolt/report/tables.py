@@ -171,6 +171,8 @@ def results_table(
         tested = {key for _, key in tests or ()}
         untested = [m.label for m in kept if m.key not in tested and m.key not in unlike]
         note += f" Not tested: {', '.join(untested)}." if tests and untested else ""
+    if lacking := [name for name in records if name not in parts]:
+        note += f" Not evaluated in this direction: {', '.join(lacking)}."
     for metric in kept:
         if metric.key in unlike:
             note += f" {metric.label} was scored under several conventions, so it is neither bold nor tested"
