@@ -78,11 +78,7 @@ def elect(
     votes = [rounded(np.multiply(delta, weight, out=delta)) for delta, weight in zip(deltas, weights, strict=True)]
     elected = rounded(sum(votes[1:], start=votes[0])) if len(votes) > 1 else votes[0].copy()
     if len(votes) > 1 and exact:
-        magnitude = np.abs(votes[0])
-        for vote in votes[1:]:
-            magnitude += np.abs(vote)
-        magnitude *= number(TIE)
-        elected += magnitude  # a tie, and what rounding left of one, is +
+        settle_ties(elected, votes, max(range(len(votes)), key=lambda index: abs(weights[index])))
     elected = elected.view(integer)
     elected &= np.iinfo(integer).min  # its sign bit
     zeros, conflict = np.zeros_like(votes[0]), np.zeros(votes[0].shape, bool)
@@ -104,6 +100,21 @@ def elect(
             divisor += divisor == 0
         total = rounded(np.divide(total, divisor, out=total))
     return total if scale == 1 else rounded(total * number(scale)), int(np.count_nonzero(conflict))
+
+
+def settle_ties(elected: np.ndarray, votes: list[np.ndarray], largest: int) -> None:
+    """Turn those of the votes' sums, `elected`, to + that are a tie, or what rounding left of one.
+
+    In a tie all votes together are at most twice those without any one of them (here the `largest`), so twice the norms
+    of the others: mostly no negative sum is as near to 0 as that allows, which one look at the bits tells.
+    """
+    others = [vote for index, vote in enumerate(votes) if index != largest]
+    reach = TIE * (2.2 * sum(math.sqrt(np.dot(vote, vote)) for vote in others) + 1e-15)  # squares may underflow
+    integer = np.dtype(f"i{elected.itemsize}")
+    nearest = int(elected.view(integer).min()) - int(np.iinfo(integer).min)  # the magnitude's bits, if it is negative
+    if nearest <= int(np.array(reach, elected.dtype).view(integer)):
+        near = np.flatnonzero((elected < 0) & (elected >= -reach))
+        elected[near] += elected.dtype.type(TIE) * sum(np.abs(vote[near]) for vote in votes)
 
 
 # --- one tensor, streamed
@@ -199,7 +210,7 @@ class Fit:
         vectors = [np.subtract(model, origin) for model in models]
         values = decode(stored, dtype, work.type)
         values -= origin if whole == 1 else origin * work.type(whole)
-        add_inner_products(self.products, [*vectors, values])
+        add_inner_products(self.products, vectors, values)
 
     def record(self) -> dict:
         return {"fit": self.products.tolist(), "equal": self.equal, "looked": self.looked}
@@ -232,7 +243,7 @@ def delta_combiner(name, models, base, recipe, work, rounded, record, inner):
             added = weighted_sum([delta.copy() for delta in deltas], factors)
         if recipe.scale != 1:
             added = rounded(added * work(recipe.scale))
-        add_inner_products(inner, [*deltas, added])
+        add_inner_products(inner, deltas, added)
         added += origin
         return added
 
@@ -268,7 +279,7 @@ def ties_combiner(name, models, base, recipe, work, rounded, record, inner):
                 kept += float(piece.sum(dtype=np.float64, where=stays))
             sums = rounded(np.array([total, kept], work))
             factor = rounded(sums[:1] / sums[1:])[0] if min(total, kept) >= 1e-7 else work(1)
-            trims[index] = lambda delta, left=masks[1], factor=factor: next(left) * factor
+            trims[index] = lambda delta, left=masks[1], factor=factor: rounded(delta * (next(left) * factor))
     elif thin:
         brackets = []
         for index in thin:
@@ -286,24 +297,23 @@ def ties_combiner(name, models, base, recipe, work, rounded, record, inner):
     def combine(pieces):
         *values, origin = pieces
         deltas = [rounded(np.subtract(value, origin, out=value)) for value in values]
-        kept = [
-            rounded(delta * trim(delta)) if trim else delta.copy() for delta, trim in zip(deltas, trims, strict=True)
-        ]
+        kept = [trim(delta) if trim else delta.copy() for delta, trim in zip(deltas, trims, strict=True)]
         added, conflicts = elect(kept, weights, recipe.normalize, recipe.scale, rounded, exact)
         record["conflicts"] += conflicts
-        add_inner_products(inner, [*deltas, added])
+        add_inner_products(inner, deltas, added)
         added += origin
         return added
 
     return combine
 
 
-def add_inner_products(total: np.ndarray, vectors) -> None:
-    """Add each pair's inner product to the symmetric `total`."""
-    for (i, x), (j, y) in combinations([*enumerate(vectors)], 2):
-        total[i, j] = total[j, i] = total[i, j] + float(np.dot(x, y))
+def add_inner_products(total: np.ndarray, vectors, result: np.ndarray | None = None) -> None:
+    """Add each pair's inner product to the symmetric `total`; `result`'s with each to the last row, not its own."""
     for i, x in enumerate(vectors):
-        total[i, i] += float(np.dot(x, x))
+        for j, y in enumerate(vectors[: i + 1]):
+            total[i, j] = total[j, i] = total[i, j] + float(np.dot(x, y))
+        if result is not None:
+            total[i, -1] = total[-1, i] = total[i, -1] + float(np.dot(x, result))
 
 
 def effective_weights(inner: np.ndarray) -> list[float] | None:

@@ -155,13 +155,14 @@ def encode_at_random(values: np.ndarray, dtype: str, random: np.random.Generator
 
 
 def all_finite(bits: np.ndarray, dtype: str) -> bool:
-    """Whether no stored value is NaN or infinite: those have all bits of the exponent set, more than any other."""
-    kind, sign, infinity = {
-        "BF16": (np.uint16, 0x8000, 0x7F80),
-        "F16": (np.uint16, 0x8000, 0x7C00),
-        "F32": (np.uint32, 0x80000000, 0x7F800000),
-    }[dtype]
-    return bool((bits.view(kind) & kind(sign - 1)).max() < infinity)
+    """Whether no stored value is NaN or infinite: those have all bits of the exponent set, more than any other.
+
+    The largest as signed integers is of the positive ones, and the largest as unsigned ones of the negative, if any.
+    """
+    kind, infinity = {"BF16": ("i2", 0x7F80), "F16": ("i2", 0x7C00), "F32": ("i4", 0x7F800000)}[dtype]
+    signed = bits.view(kind)
+    sign = -int(np.iinfo(kind).min)
+    return int(signed.max()) < infinity and int(signed.view(f"u{kind[1]}").max()) < sign + infinity
 
 
 def inspect_file(entries: list[Entry], kept: Container[str], advance: Callable[[int], object]) -> str:

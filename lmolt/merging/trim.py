@@ -17,15 +17,16 @@ class Bracket:
         self.low = sample[max(0, int(rank - margin))]
         self.high = sample[min(len(sample) - 1, int(rank + margin))]
         self.above = self.at_high = self.at_low = 0
-        self.within: list[np.ndarray] = []
+        self.within: list[np.ndarray] = [sample[:0]]
 
     def add(self, piece: np.ndarray) -> None:
         self.above += np.count_nonzero(piece > self.high)
         self.at_high += np.count_nonzero(piece == self.high)
-        self.at_low += np.count_nonzero(piece == self.low)
-        inside = piece > self.low
-        inside &= piece < self.high
-        self.within.append(piece.compress(inside))
+        if self.low < self.high:
+            self.at_low += np.count_nonzero(piece == self.low)
+            inside = piece > self.low
+            inside &= piece < self.high
+            self.within.append(piece.compress(inside))
 
     def threshold(self) -> tuple[float, int] | None:
         """The k-th largest magnitude and how many of those equal to it stay; None if it is not in the bracket."""
@@ -64,7 +65,7 @@ def radix_select(magnitudes: Callable[[], Iterator[np.ndarray]], k: int) -> tupl
 
 
 class Trim:
-    """Masks of one model's deltas, piece after piece: the largest, and of those equal to the threshold the first."""
+    """One model's deltas, piece after piece, with 0 for all but the largest, of those equal to the threshold the first."""
 
     def __init__(self, threshold: float, ties: int):
         self.threshold, self.ties = threshold, ties
@@ -79,4 +80,6 @@ class Trim:
                 equal[np.flatnonzero(equal)[self.ties :]] = False
             keep |= equal
             self.ties -= min(count, self.ties)
-        return keep
+        kept = keep.view(np.int8).astype(f"i{delta.itemsize}")  # times the bits as an integer: what is dropped is +0
+        kept *= delta.view(kept.dtype)
+        return kept.view(delta.dtype)
