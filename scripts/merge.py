@@ -24,7 +24,6 @@ import argparse
 import json
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
 from math import prod
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads spin while they wait: CPU time for nothing
@@ -42,7 +41,8 @@ from lmolt.merging.checkpoints import (
     find_folders,
 )
 from lmolt.merging.provenance import known_base, plot, summarise, summarise_fold, table, warnings, write_lineage
-from lmolt.merging.safetensors_io import NAMES, OutputFolder, check_room, inspect_file, partial_folder, replaced_folder
+from lmolt.merging.reading import read_inputs
+from lmolt.merging.safetensors_io import NAMES, OutputFolder, check_room, partial_folder, replaced_folder
 from lmolt.merging.settings import METHODS, Recipe, check_recipe, check_setting, read_mergekit
 from lmolt.recipes import Parser, apply_recipe, read_recipe
 
@@ -209,13 +209,15 @@ def check_finished(args: argparse.Namespace, arguments: dict) -> None:
     print(f"{args.output} is already finished")
 
 
-def check_files(sources: dict[str, Checkpoint]) -> dict[str, str]:
-    """Size and XXH3-128 of the inputs' files by `model/file`, whose values are finite: one reading, two at a time."""
-    files = {f"{n}/{file}": (entries, s.kept) for n, s in sources.items() for file, entries in s.files.items()}
-    values = sum(entry.size for entries, _ in files.values() for entry in entries)
-    with tqdm(total=values, unit_scale=True, desc="check") as bar, ThreadPoolExecutor(2) as pool:
-        digests = pool.map(lambda job: inspect_file(*job, bar.update), files.values())
-        return dict(zip(files, digests, strict=True))
+def check_files(
+    named: dict[str, Checkpoint], models: list, base: Checkpoint | None, recipe: Recipe | None, dtype: str
+) -> tuple[dict[str, str], dict[str, list]]:
+    """Size and XXH3-128 of the inputs' files by `model/file`, and what the method has to know of each tensor."""
+    sources = [*models, base] if base else models
+    values = sum(entry.size for source in sources for entries in source.files.values() for entry in entries)
+    with tqdm(total=values, unit_scale=True, desc="check") as bar:
+        hashes, known = read_inputs(models, base, recipe, dtype, bar.update)
+    return {f"{name}/{file}": hashes[sources.index(s)][file] for name, s in named.items() for file in s.files}, known
 
 
 def published_hashes(sources: dict[str, Checkpoint]) -> dict[str, str]:
@@ -308,7 +310,9 @@ def main(argv: list[str]) -> None:
         produce = lambda name, write: fold_tensor(name, adapter, args.fold_base, dtype, write)
     else:
         origin = (args.base, None) if base else known_base(models)
-        produce = lambda name, write: methods.merge_tensor(name, models, base, recipe, dtype, write, origin[1])
+        produce = lambda name, write: methods.merge_tensor(
+            name, models, base, recipe, dtype, write, origin[1], known[name]
+        )
     for note in dict.fromkeys([*notes, *said, *links]):
         print(f"note: {note}")
     check_room(args.output, layout, sum((models[0].folder / file).stat().st_size for file in files))
@@ -319,7 +323,7 @@ def main(argv: list[str]) -> None:
         name = hub.reserve(args.hub_model_id or args.output.name, args.hub_private_repo)
         licence = hub.licence([*filter(None, [*args.models, args.base, args.adapter])])
     named = dict(zip([*args.models, args.base], sources, strict=False))
-    inputs = check_files(named)
+    inputs, known = check_files(named, models, base, recipe, dtype)
     if args.adapter:
         inputs[f"{args.adapter}/{adapter.file.name}"] = adapter.hash
     output = OutputFolder(

@@ -34,6 +34,7 @@ from lmolt.merging.settings import Recipe
 from lmolt.merging.trim import Bracket, Trim, radix_select
 
 TIE = 2.0**-20  # of the votes' magnitudes; float32 sums of a few are off by 2^-23
+INTEGERS, SIGN = {4: np.int32, 8: np.int64}, {np.int32: -(1 << 31), np.int64: -(1 << 63)}  # and the sign bit alone
 FITTED = 8  # one piece in so many is looked at for what was stored
 
 
@@ -73,14 +74,14 @@ def elect(
     `rounded` is applied after every step; where not `exact`, ties are what rounding makes of them. Votes are turned so
     that the elected sign is +: agreeing ones are then > 0.
     """
-    number, integer = deltas[0].dtype.type, np.dtype(f"i{deltas[0].itemsize}")
+    number, integer = deltas[0].dtype.type, INTEGERS[deltas[0].itemsize]
     weights = [rounded(np.array([weight], number))[0] for weight in weights]
     votes = [rounded(np.multiply(delta, weight, out=delta)) for delta, weight in zip(deltas, weights, strict=True)]
     elected = rounded(sum(votes[1:], start=votes[0])) if len(votes) > 1 else votes[0].copy()
     if len(votes) > 1 and exact:
         settle_ties(elected, votes, max(range(len(votes)), key=lambda index: abs(weights[index])))
     elected = elected.view(integer)
-    elected &= np.iinfo(integer).min  # its sign bit
+    elected &= SIGN[integer]
     zeros, conflict = np.zeros_like(votes[0]), np.zeros(votes[0].shape, bool)
     for vote in votes:
         turned = vote.view(integer)
@@ -110,8 +111,8 @@ def settle_ties(elected: np.ndarray, votes: list[np.ndarray], largest: int) -> N
     """
     others = [vote for index, vote in enumerate(votes) if index != largest]
     reach = TIE * (2.2 * sum(math.sqrt(np.dot(vote, vote)) for vote in others) + 1e-15)  # squares may underflow
-    integer = np.dtype(f"i{elected.itemsize}")
-    nearest = int(elected.view(integer).min()) - int(np.iinfo(integer).min)  # the magnitude's bits, if it is negative
+    integer = INTEGERS[elected.itemsize]
+    nearest = int(elected.view(integer).min()) - SIGN[integer]  # the magnitude's bits, if it is negative
     if nearest <= int(np.array(reach, elected.dtype).view(integer)):
         near = np.flatnonzero((elected < 0) & (elected >= -reach))
         elected[near] += elected.dtype.type(TIE) * sum(np.abs(vote[near]) for vote in votes)
@@ -127,6 +128,65 @@ def copy_tensor(entry, write: Callable[[np.ndarray], None]) -> dict:
     return {"size": entry.size, "copied": True}
 
 
+def _working(name: str, sources: list[Checkpoint], recipe: Recipe, dtype: str) -> tuple[type, Callable]:
+    """The type to work in, and what is applied after every step."""
+    float32 = dtype == "F32" or any(source.entries[name].dtype == "F32" for source in sources)
+    if recipe.rounding == "mergekit":
+        return np.float32, lambda x: decode(encode(x, dtype), dtype)
+    return np.float64 if float32 else np.float32, lambda x: x
+
+
+def look(name: str, models: list[Checkpoint], base: Checkpoint | None, recipe: Recipe, dtype: str, read=None) -> list:
+    """What has to be known of the whole tensor before its first value is merged, in a reading of its own.
+
+    SLERP, nuslerp: [inner products (2, 2) of the models, or of their deltas]; TIES: for each model its threshold and
+    how many of the values equal to it stay; DARE: the factor of what stays; otherwise []. `read(source, work)` gives a
+    source's pieces, the first time perhaps on the way of another reading.
+    """
+    sources = [*models, base] if base else models
+    work, rounded = _working(name, sources, recipe, dtype)
+    read = read or (lambda source, work: source.read(name, work))
+    if recipe.method in ("slerp", "nuslerp"):
+        dots = np.zeros((2, 2))
+        for pieces in zip(*(read(source, work) for source in sources), strict=True):
+            vectors = [np.subtract(piece, pieces[2], out=piece) for piece in pieces[:2]] if base else pieces
+            add_inner_products(dots, vectors)
+        return [dots]
+    if recipe.method not in ("ties", "dare_ties"):
+        return []
+
+    def magnitudes(read, *models: Checkpoint) -> Iterator[list[np.ndarray]]:
+        for *values, origin in zip(*(read(source, work) for source in (*models, base)), strict=True):
+            deltas = [rounded(np.subtract(value, origin, out=value)) for value in values]
+            yield [np.abs(delta, out=delta) for delta in deltas]
+
+    size, densities = models[0].entries[name].size, recipe.density_of(name)
+    found: list = [None] * len(models)
+    thin = [index for index, density in enumerate(densities) if density < 1 and size]
+    if recipe.method == "dare_ties":
+        for index in thin:
+            total = kept = 0.0
+            mask = dare_mask(name, index, size, densities[index], recipe.seed)
+            for (piece,), stays in zip(magnitudes(read, models[index]), mask, strict=True):
+                total += float(piece.sum(dtype=np.float64))
+                kept += float(piece.sum(dtype=np.float64, where=stays))
+            sums = rounded(np.array([total, kept], work))
+            found[index] = rounded(sums[:1] / sums[1:])[0] if min(total, kept) >= 1e-7 else work(1)
+    elif thin:
+        brackets, origin = [], base.sample(name, work)
+        for index in thin:
+            sample = np.abs(rounded(models[index].sample(name, work) - origin))
+            brackets.append(Bracket(sample, max(1, int(densities[index] * size)), size))
+        for pieces in magnitudes(read, *(models[index] for index in thin)):
+            for bracket, piece in zip(brackets, pieces, strict=True):
+                bracket.add(piece)
+        plain = lambda source, work: source.read(name, work)
+        for index, bracket in zip(thin, brackets, strict=True):
+            again = lambda index=index: (piece for (piece,) in magnitudes(plain, models[index]))
+            found[index] = bracket.threshold() or radix_select(again, bracket.k)
+    return found
+
+
 def merge_tensor(
     name: str,
     models: list[Checkpoint],
@@ -135,8 +195,9 @@ def merge_tensor(
     dtype: str,
     write: Callable[[np.ndarray], None],
     reference: Checkpoint | None = None,
+    known: list | None = None,
 ) -> dict:
-    """Merge one tensor, `write` its encoded pieces, and return what became of it.
+    """Merge one tensor, `write` its encoded pieces, and return what became of it; `known` is what `look` found.
 
     The record: `size`, `inner` (inner products of the inputs, or of their deltas from the base, and last of what they
     became, before it is rounded), `linear` (SLERP fell back), `conflicts` (values whose kept votes disagree in sign),
@@ -144,11 +205,9 @@ def merge_tensor(
     `reference`, or else from the first model) and last of the stored values', `looked` at values, and how many are
     `equal` to the first model's bit for bit; `shares`, the weights that were asked for.
     """
-    sources = [*models, base] if base else models
-    float32 = dtype == "F32" or any(source.entries[name].dtype == "F32" for source in sources)
-    exact = recipe.rounding != "mergekit"
-    work = np.float64 if float32 and exact else np.float32
-    rounded = (lambda x: x) if exact else (lambda x: decode(encode(x, dtype), dtype))
+    sources, exact = [*models, base] if base else models, recipe.rounding != "mergekit"
+    work, rounded = _working(name, sources, recipe, dtype)
+    known = look(name, models, base, recipe, dtype) if known is None else known
     chance = np.random.default_rng([recipe.seed, zlib.crc32(name.encode()), 1 << 20])
     store = encode if recipe.rounding != "stochastic" else lambda x, kind: encode_at_random(x, kind, chance)
     weights, shares = recipe.weights_of(name), recipe.shares_of(name)
@@ -157,12 +216,11 @@ def merge_tensor(
 
     whole = 1.0  # how much of a common origin the output has
     if base and recipe.method in ("ties", "dare_ties"):
-        combine = ties_combiner(name, models, base, recipe, work, rounded, record, inner)
+        combine = ties_combiner(name, known, recipe, rounded, record, inner)
     elif base:
-        combine = delta_combiner(name, models, base, recipe, work, rounded, record, inner)
+        combine = delta_combiner(name, known, recipe, work, rounded, record, inner)
     elif recipe.method in ("slerp", "nuslerp"):
-        for pair in zip(*(model.read(name, work) for model in models), strict=True):
-            add_inner_products(inner, pair)
+        inner[:2, :2] = known[0]
         threshold = 0.9995 if recipe.method == "slerp" else 1 - 1e-15
         *factors, record["linear"] = slerp_coefficients(inner[:2, :2], shares[1], threshold)
         combine, whole = (lambda pieces: weighted_sum(pieces, factors)), sum(factors)
@@ -216,14 +274,11 @@ class Fit:
         return {"fit": self.products.tolist(), "equal": self.equal, "looked": self.looked}
 
 
-def delta_combiner(name, models, base, recipe, work, rounded, record, inner):
+def delta_combiner(name, known, recipe, work, rounded, record, inner):
     """The function that adds a sum of deltas to the base: task arithmetic, or SLERP of two task vectors."""
     factors = recipe.shares_of(name)
     if recipe.method == "nuslerp":
-        dots = np.zeros((2, 2))
-        for *values, origin in zip(*(source.read(name, work) for source in (*models, base)), strict=True):
-            add_inner_products(dots, [np.subtract(value, origin, out=value) for value in values])
-        *factors, record["linear"] = slerp_coefficients(dots, factors[1], 1 - 1e-15)
+        *factors, record["linear"] = slerp_coefficients(known[0], factors[1], 1 - 1e-15)
     elif recipe.normalize:
         total = sum(factors)
         factors = [factor / (total if abs(total) >= 1e-8 else 1) for factor in factors]
@@ -257,40 +312,16 @@ def dare_mask(name: str, index: int, size: int, density: float, seed: int) -> It
         yield random.random(min(PIECE, size - start), np.float32) < density
 
 
-def ties_combiner(name, models, base, recipe, work, rounded, record, inner):
+def ties_combiner(name, known, recipe, rounded, record, inner):
     """The function that turns a piece of every model and the base into the merged one by TIES or DARE-TIES.
 
     It counts in `record` and `inner` as it goes (see merge_tensor).
     """
-
-    def magnitudes(*models: Checkpoint) -> Iterator[list[np.ndarray]]:
-        for *values, origin in zip(*(source.read(name, work) for source in (*models, base)), strict=True):
-            deltas = [rounded(np.subtract(value, origin, out=value)) for value in values]
-            yield [np.abs(delta, out=delta) for delta in deltas]
-
-    size, trims, densities = record["size"], [None] * len(models), recipe.density_of(name)
-    thin = [index for index, density in enumerate(densities) if density < 1 and size]
-    if recipe.method == "dare_ties":
-        for index in thin:
-            masks = [dare_mask(name, index, size, densities[index], recipe.seed) for _ in range(2)]
-            total = kept = 0.0
-            for (piece,), stays in zip(magnitudes(models[index]), masks[0], strict=True):
-                total += float(piece.sum(dtype=np.float64))
-                kept += float(piece.sum(dtype=np.float64, where=stays))
-            sums = rounded(np.array([total, kept], work))
-            factor = rounded(sums[:1] / sums[1:])[0] if min(total, kept) >= 1e-7 else work(1)
-            trims[index] = lambda delta, left=masks[1], factor=factor: rounded(delta * (next(left) * factor))
-    elif thin:
-        brackets = []
-        for index in thin:
-            sample = np.abs(rounded(models[index].sample(name, work) - base.sample(name, work)))
-            brackets.append(Bracket(sample, max(1, int(densities[index] * size)), size))
-        for pieces in magnitudes(*(models[index] for index in thin)):
-            for bracket, piece in zip(brackets, pieces, strict=True):
-                bracket.add(piece)
-        for index, bracket in zip(thin, brackets, strict=True):
-            again = lambda index=index: (piece for (piece,) in magnitudes(models[index]))
-            trims[index] = Trim(*(bracket.threshold() or radix_select(again, bracket.k)))
+    trims: list = [found if found is None else Trim(*found) for found in known] if recipe.method == "ties" else []
+    for index, factor in enumerate(known if recipe.method == "dare_ties" else []):
+        left = dare_mask(name, index, record["size"], recipe.density_of(name)[index], recipe.seed)
+        kept = lambda delta, left=left, factor=factor: rounded(delta * (next(left) * factor))
+        trims.append(kept if factor is not None else None)
     weights, record["conflicts"] = recipe.weights_of(name), 0
     exact = recipe.rounding != "mergekit"
 

@@ -159,39 +159,66 @@ def all_finite(bits: np.ndarray, dtype: str) -> bool:
 
     The largest as signed integers is of the positive ones, and the largest as unsigned ones of the negative, if any.
     """
-    kind, infinity = {"BF16": ("i2", 0x7F80), "F16": ("i2", 0x7C00), "F32": ("i4", 0x7F800000)}[dtype]
-    signed = bits.view(kind)
-    sign = -int(np.iinfo(kind).min)
-    return int(signed.max()) < infinity and int(signed.view(f"u{kind[1]}").max()) < sign + infinity
+    signed, unsigned, sign, infinity = {
+        "BF16": (np.int16, np.uint16, 0x8000, 0x7F80),
+        "F16": (np.int16, np.uint16, 0x8000, 0x7C00),
+        "F32": (np.int32, np.uint32, 0x80000000, 0x7F800000),
+    }[dtype]
+    return bool(bits.view(signed).max() < infinity and bits.view(unsigned).max() < sign + infinity)
+
+
+class FirstReading:
+    """A file read once from its first byte to its last: hashed, its weights looked at, handed out on the way."""
+
+    def __init__(self, file: Path, advance: Callable[[int], object]):
+        import xxhash
+
+        self.file, self.advance, self.place = file, advance, 0
+        self.stream, self.digest = file.open("rb", buffering=0), xxhash.xxh3_128()
+
+    def pieces(self, entry: Entry, check: bool = True, size: int = PIECE) -> Iterator[np.ndarray]:
+        """The stored values of a tensor that lies further on than the last one; `ValueError` at NaN and infinity."""
+        self._skip(entry.offset)
+        for start in range(0, entry.size, size):
+            bits = np.empty(min(size, entry.size - start), STORAGE[entry.dtype])
+            if self.stream.readinto(memoryview(bits).cast("B")) != bits.nbytes:
+                raise ValueError(f"{self.file}: ended while it was being read")
+            self.digest.update(bits)
+            if check and not all_finite(bits, entry.dtype):
+                raise not_finite(entry)
+            self.place += bits.nbytes
+            self.advance(bits.size)
+            yield bits
+
+    def _skip(self, until: int) -> None:  # the header, buffers, copies
+        while self.place < until:
+            piece = self.stream.read(min(until - self.place, 1 << 19))
+            if not piece:
+                raise ValueError(f"{self.file}: ended while it was being read")
+            self.digest.update(piece)
+            self.place += len(piece)
+
+    def finish(self) -> str:
+        """The file's size and XXH3-128, as files.content_hash has them."""
+        self._skip(os.fstat(self.stream.fileno()).st_size)
+        self.stream.close()
+        return f"{self.place}-{self.digest.hexdigest()}"
+
+
+def not_finite(entry: Entry) -> ValueError:
+    return ValueError(f"{entry.file}: {entry.name} holds NaN or infinity; this model is broken, take another one")
 
 
 def inspect_file(entries: list[Entry], kept: Container[str], advance: Callable[[int], object]) -> str:
-    """The file's size and XXH3-128, as files.content_hash has them, in one reading that also finds NaN and infinity.
+    """The file's size and XXH3-128, in one reading that also finds NaN and infinity; `kept` are buffers: not looked at.
 
-    `ValueError` names file and tensor. Those in `kept` are buffers: they are not looked at.
+    `ValueError` names file and tensor.
     """
-    import xxhash
-
-    file = entries[0].file
-    digest = xxhash.xxh3_128()
-    with file.open("rb", buffering=0) as stream:
-        place = 0
-        for entry in entries:
-            digest.update(stream.read(entry.offset - place))  # the header, and tensors that nobody asked for
-            piece = np.empty(4 * PIECE, STORAGE[entry.dtype])
-            for start in range(0, entry.size, piece.size):
-                bits = piece[: min(piece.size, entry.size - start)]
-                if stream.readinto(memoryview(bits).cast("B")) != bits.nbytes:
-                    raise ValueError(f"{file}: ended while it was being read")
-                digest.update(bits)
-                if entry.name not in kept and not all_finite(bits, entry.dtype):
-                    raise ValueError(
-                        f"{file}: {entry.name} holds NaN or infinity; this model is broken, take another one"
-                    )
-                advance(bits.size)
-            place = entry.offset + entry.size * STORAGE[entry.dtype].itemsize
-        digest.update(stream.read())
-        return f"{stream.tell()}-{digest.hexdigest()}"
+    reading = FirstReading(entries[0].file, advance)
+    for entry in entries:
+        for _ in reading.pieces(entry, check=entry.name not in kept, size=4 * PIECE):
+            pass
+    return reading.finish()
 
 
 def check_room(folder: Path, layout: dict[str, list], beside: int) -> None:

@@ -65,7 +65,7 @@ def radix_select(magnitudes: Callable[[], Iterator[np.ndarray]], k: int) -> tupl
 
 
 class Trim:
-    """One model's deltas, piece after piece, with 0 for all but the largest, of those equal to the threshold the first."""
+    """One model's deltas, piece after piece, 0 but for the largest; of those equal to the threshold the first stay."""
 
     def __init__(self, threshold: float, ties: int):
         self.threshold, self.ties = threshold, ties
@@ -80,6 +80,8 @@ class Trim:
                 equal[np.flatnonzero(equal)[self.ties :]] = False
             keep |= equal
             self.ties -= min(count, self.ties)
-        kept = keep.view(np.int8).astype(f"i{delta.itemsize}")  # times the bits as an integer: what is dropped is +0
+        kept = keep.view(np.int8).astype(
+            np.int32 if delta.itemsize == 4 else np.int64
+        )  # times the bits as an integer: what is dropped is +0
         kept *= delta.view(kept.dtype)
         return kept.view(delta.dtype)

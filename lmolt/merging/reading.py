@@ -1,0 +1,94 @@
+"""The first reading of the inputs: each file from its first byte to its last, once.
+
+It takes the hash, finds NaN and infinity, and on the way learns what a method has to know of whole tensors before it
+merges their first value (methods.look), where the models' files have their tensors in one order, as files of one
+version of transformers do. Where they don't, those tensors are read once more.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from lmolt.merging.checkpoints import Checkpoint
+from lmolt.merging.methods import look
+from lmolt.merging.safetensors_io import (
+    PIECE,
+    STORAGE,
+    FirstReading,
+    all_finite,
+    decode,
+    inspect_file,
+    not_finite,
+    read_bits,
+)
+from lmolt.merging.settings import Recipe
+
+
+def read_inputs(
+    models: list[Checkpoint],
+    base: Checkpoint | None,
+    recipe: Recipe | None,
+    dtype: str,
+    advance: Callable[[int], object],
+) -> tuple[list[dict[str, str]], dict[str, list]]:
+    """Size and XXH3-128 of each source's files (the base's last), by name, and {tensor: what `look` found}.
+
+    `ValueError` names file and tensor of a value that isn't finite. Two files at a time; `advance` counts values.
+    """
+    sources = [*models, base] if base else models
+    hashes: list[dict[str, str]] = [dict.fromkeys(source.files, "") for source in sources]
+    known: dict[str, list] = {}
+    weights = lambda source, file: [e.name for e in source.files[file] if e.name in source.entries]
+    together, alone = [], {(place, file) for place, source in enumerate(sources) for file in source.files}
+    for file in models[0].files if recipe else ():
+        names = weights(models[0], file)
+        partners = {
+            place: other
+            for place, source in enumerate(sources)
+            for other in source.files
+            if names and (place, other) in alone and weights(source, other) == names
+        }
+        together.append((names, partners))
+        alone -= set(partners.items())
+
+    def read_together(job: tuple[list[str], dict[int, str]]) -> None:
+        names, files = job
+        readings = {place: FirstReading(sources[place].folder / file, advance) for place, file in files.items()}
+        sums_tell = recipe.method in ("slerp", "nuslerp")  # a sum of squares that is finite is of finite values
+        for name in names:
+            left = dict(readings)
+
+            def read(source: Checkpoint, work: type, name=name, left=left) -> Iterator[np.ndarray]:
+                place = next((place for place in left if sources[place] is source), None)
+                if place is None:
+                    return source.read(name, work)
+                entry = source.entries[name]
+                return (decode(bits, entry.dtype, work) for bits in left.pop(place).pieces(entry, not sums_tell))
+
+            known[name] = look(name, models, base, recipe, dtype, read)
+            for place, reading in left.items():  # `look` had no need of it
+                for _ in reading.pieces(sources[place].entries[name], size=4 * PIECE):
+                    pass
+            if sums_tell and not np.isfinite(known[name][0]).all():
+                for source in sources:
+                    _check(source, name)
+        for place, file in files.items():
+            hashes[place][file] = readings[place].finish()
+
+    def read_alone(job: tuple[int, str]) -> None:
+        place, file = job
+        hashes[place][file] = inspect_file(sources[place].files[file], sources[place].kept, advance)
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(read_together, job) for job in together]
+        for job in [*jobs, *(pool.submit(read_alone, job) for job in sorted(alone))]:
+            job.result()
+    return hashes, known
+
+
+def _check(source: Checkpoint, name: str) -> None:
+    entry = source.entries[name]
+    for bits in read_bits(entry.file, STORAGE[entry.dtype], entry.offset, entry.size):
+        if not all_finite(bits, entry.dtype):
+            raise not_finite(entry)
