@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
+from lmolt.files import content_hash
 from lmolt.merging.checkpoints import TIED_BY_DEFAULT, Checkpoint, files_to_copy
+from lmolt.merging.reading import read_inputs
+from lmolt.merging.settings import Recipe
 
 SLERP = ("--method", "slerp", "--weights", 0.75, 0.25)
 
@@ -71,6 +75,28 @@ def test_the_single_file_is_read_before_an_index(merge, ab, tmp_path, capsys):
     assert "model.safetensors is read, as transformers does, not the index's shards" in capsys.readouterr().out
     (a / "model-00001-of-00099.safetensors").write_bytes(b"cut")  # not even looked at
     assert Checkpoint(a).files.keys() == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("method", ["slerp", "ties", "dare_ties", "linear", "nuslerp"])
+def test_one_reading_or_two_of_files_in_another_order(ab, tmp_path, method):
+    """Shards of one model, one file of the other: hashes are the files', and what is learnt of a tensor is the same."""
+    a, b = ab
+    AutoModelForCausalLM.from_pretrained(b, dtype="auto").save_pretrained(tmp_path / "B2", max_shard_size="100KB")
+    recipe = Recipe(method, [0.75, 0.25], [0.5, 0.5])
+    found = []
+    for second in (b, tmp_path / "B2"):
+        models = [Checkpoint(a), Checkpoint(second)]
+        base = None if method in ("slerp", "linear") else Checkpoint(b)
+        counted = []
+        hashes, known = read_inputs(models, base, recipe, "BF16", counted.append)
+        assert hashes[:2] == [{f: content_hash(m.folder / f, remember=False) for f in m.files} for m in models]
+        assert sum(counted) == sum(e.size for m in [*models, *filter(None, [base])] for e in m.entries.values())
+        found.append({name: [np.asarray(value).tolist() for value in values] for name, values in known.items()})
+    assert found[0] == found[1] and found[0].keys() == models[0].entries.keys()
+    assert all(map(bool, found[0].values())) == (method != "linear")
+    rewrite(b, lambda tensors: tensors["model.norm.weight"].fill_(float("inf")))
+    with pytest.raises(ValueError, match=r"B/model.safetensors: model.norm.weight holds NaN or infinity"):
+        read_inputs([Checkpoint(a), Checkpoint(b)], base and Checkpoint(b), recipe, "BF16", counted.append)
 
 
 def test_buffers_are_copied_from_the_first_model(merge, ab, tmp_path):
