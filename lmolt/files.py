@@ -304,14 +304,13 @@ def _read_parquet(path: Path) -> list[dict]:
         with pq.ParquetFile(path) as file:
             if file.metadata.num_rows * _CELL > _LARGEST:
                 raise ValueError(f"{path}: has {file.metadata.num_rows:,} rows; give a part of it")
-            for group in range(file.num_row_groups):
-                for batch in file.iter_batches(batch_size=10_000, row_groups=[group]):
-                    size += batch.nbytes + _CELL * sum(map(_cells, batch.columns))
-                    if size > _LARGEST:
-                        raise ValueError(
-                            f"{path}: unpacks to over {_LARGEST / 2**30:g} GiB by row {len(rows):,}; give a part of it"
-                        )
-                    rows += batch.to_pylist()
+            for batch in file.iter_batches(batch_size=10_000):
+                size += sum(map(_size, batch.columns))
+                if size > _LARGEST:
+                    raise ValueError(
+                        f"{path}: unpacks to over {_LARGEST / 2**30:g} GiB by row {len(rows):,}; give a part of it"
+                    )
+                rows += batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # of its parts, without a name
         reason = " ".join(str(error).split())[:200]
         where = f" row {len(rows) + 1} or later" if rows else ""
@@ -319,15 +318,16 @@ def _read_parquet(path: Path) -> list[dict]:
     return rows
 
 
-def _cells(column) -> int:
-    """How many values a column holds, those in lists and structs too."""
+def _size(column) -> int:
+    """Bytes of a column's values in Python, those in lists and structs too, each by itself."""
     import pyarrow as pa
 
-    if pa.types.is_struct(column.type):
-        return len(column) + sum(map(_cells, column.flatten()))
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     if pa.types.is_nested(column.type) and hasattr(column, "flatten"):
-        return len(column) + _cells(column.flatten())
-    return len(column)
+        parts = column.flatten()
+        return _CELL * len(column) + sum(map(_size, parts if isinstance(parts, list) else [parts]))
+    return column.nbytes + _CELL * len(column)
 
 
 def _lines(text: str) -> list[str]:

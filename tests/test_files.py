@@ -101,7 +101,10 @@ def test_a_hash_needs_no_cache(tmp_path, monkeypatch):
 
 
 BOMBS = {
-    "one text, 100,000 times": lambda: {"a": pa.DictionaryArray.from_arrays([0] * 100_000, ["C" * 1000])},
+    "one text, 10,000 times": lambda: {"a": pa.DictionaryArray.from_arrays([0] * 10_000, ["C" * 1000])},
+    "one text in structs": lambda: {
+        "a": pa.StructArray.from_arrays([pa.DictionaryArray.from_arrays([0] * 10_000, ["C" * 1000])], ["x"])
+    },
     "nothing, 100,000 times": lambda: {"a": pa.nulls(100_000, pa.string())},
     "a long text": lambda: {"a": ["C" * 3_000_000]},
     "a list": lambda: {"a": [[[None] * 100_000]]},
