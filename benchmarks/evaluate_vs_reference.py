@@ -2,12 +2,14 @@
 
     python benchmarks/evaluate_vs_reference.py
     python benchmarks/evaluate_vs_reference.py --rounds 3 --json evaluate.json
+    python benchmarks/evaluate_vs_reference.py --stages captions --captions molt5-large-smiles2caption.txt
 
 The reference is what MolT5's and L+M-24's scripts do, written out here: NLTK's corpus BLEU and METEOR, rouge_score,
 one RDKit call a fingerprint, fcd's get_fcd. References are ChEBI-20's validation set where ../shared/data has it, else
 the NCI molecules that come with RDKit. The outputs have the shape of a good system's: a fifth verbatim (published exact
 matches on ChEBI-20 are 8 to 50 %), 5 % the same molecule written otherwise, 4 % invalid, the rest a reference of like
 length with one atom changed; captions mix their own sentences with those of one of like length, a tenth of words lost.
+--captions and --molecules give other references and outputs.
 
 Each side runs in fresh processes, in turn, on the same cores. `total` is the process's wall time, imports included; the
 other figures are stages after the imports. With --rounds each side's fastest counts. FCD is fcd 1.2.2's number.
@@ -38,6 +40,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, help="runs of each side")
     parser.add_argument("--stages", nargs="+", choices=STAGES[:3], default=STAGES[:3])
     parser.add_argument("--data", type=Path, default=SHARED, help="chebi20/validation.txt, scibert, nltk_data")
+    parser.add_argument("--captions", type=Path, help="a reference script's table of captions, such as MolT5's")
+    parser.add_argument("--molecules", type=Path, help="and of molecules")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--side", choices=("reference", "ours"), help=argparse.SUPPRESS)  # the processes it starts
     parser.add_argument("--cache", help=argparse.SUPPRESS)
@@ -275,9 +279,17 @@ def main() -> None:
         raise FileNotFoundError(
             f"{arguments.data}: needs scibert/ and nltk_data/; see --data, or --stages molecules fcd"
         )
-    pairs = reference_pairs(arguments.data, arguments.rows)
-    molecules, captions = outputs(pairs)
-    data = {"molecules": [[s for s, _ in pairs], molecules], "captions": [[c for _, c in pairs], captions]}
+    data = {}
+    if not (arguments.captions and arguments.molecules):
+        pairs = reference_pairs(arguments.data, arguments.rows)
+        molecules, captions = outputs(pairs)
+        data = {"molecules": [[s for s, _ in pairs], molecules], "captions": [[c for _, c in pairs], captions]}
+    for kind, direction in (("captions", "mol2cap"), ("molecules", "cap2mol")):
+        if file := getattr(arguments, kind):
+            from lmolt.data.predictions import read_predictions
+
+            rows = read_predictions(file, direction)[0][: arguments.rows]
+            data[kind] = [[row[key] for row in rows] for key in ("reference", "prediction")]
     best, expected = {}, {}
     with tempfile.TemporaryDirectory() as cache:
         measure("ours", data, arguments, cache)  # fills the cache
@@ -299,7 +311,8 @@ def main() -> None:
                     tolerance = 1e-3 if key == "fcd" else 1e-6
                     if not abs(value - expected[key]) <= tolerance:
                         raise ValueError(f"{name} {key} is {value}, the reference {expected[key]}")
-    figures = {"rows": len(pairs), "cores": len(os.sched_getaffinity(0))}
+    first = "captions" if "captions" in arguments.stages else "molecules"
+    figures = {"rows": len(data[first][0]), "cores": len(os.sched_getaffinity(0))}
     for stage in (*arguments.stages, "total"):
         figures[f"{stage}_reference_s"] = best["reference"][stage]
         for name, suffix in (("ours", ""), ("cached", "_cached")):
