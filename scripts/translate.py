@@ -44,6 +44,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help=f"{', '.join(OUTPUTS)}; replaced when finished")
     parser.add_argument("--serve", action="store_true", help="a page on this machine (pip install 'lmolt[page]')")
     parser.add_argument("--port", type=int, help="of --serve (default: the first that is free from 7860)")
+    parser.add_argument("--pairs", help="of --serve: its examples are of these (demo, a file, a Hub data set)")
     parser.add_argument("--direction", choices=DIRECTIONS, help="default: found from the inputs, where they show it")
     model = parser.add_argument_group("model")
     which = model.add_mutually_exclusive_group(required=True)
@@ -76,6 +77,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--system has adapters of its own; give --model with --adapter")
     if args.serve and (args.input or args.texts or args.output):
         parser.error("--serve takes its inputs from the page: give none, and no --output")
+    if not args.serve and (args.pairs or args.port):
+        parser.error("--pairs and --port are for --serve; inputs are --input FILE")
     if args.input and args.texts:
         parser.error(f"--input {args.input} and {args.texts[0][:80]!r}: give a file or texts, one of them")
     if len(args.texts) == 1 and Path(args.texts[0]).suffix in INPUTS and Path(args.texts[0]).is_file():
@@ -132,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.serve:
         from lmolt.generation.page import serve
 
-        serve(translator_of(args), args.port, max_new_tokens=args.max_new_tokens, seed=args.seed)
+        serve(translator_of(args), args.port, args.pairs, max_new_tokens=args.max_new_tokens, seed=args.seed)
         return
     sources = sources_of(args)
     if args.output and FIRST_PROCESS:

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 from lmolt import Translator
+from lmolt.files import read_table
 from lmolt.generation.drawing import table
 from lmolt.prompts import CAP2MOL, MOL2CAP
 
@@ -51,9 +52,11 @@ def test_the_notebook_runs(tiny_policy):
 def test_the_page_in_a_browser(tiny_policy, tmp_path):
     from playwright.sync_api import sync_playwright
 
-    from lmolt.generation.page import build
+    from lmolt.generation.page import build, examples_of
 
-    page, how = build(Translator(str(tiny_policy)), max_new_tokens=8)
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("molecule,caption\nCCO,An alcohol of two carbons.\n")
+    page, how = build(Translator(str(tiny_policy)), examples_of(str(pairs)), max_new_tokens=8)
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **how)
     assert url.startswith("http://127.0.0.1:")
     outside, errors = [], []
@@ -85,6 +88,27 @@ def test_the_page_in_a_browser(tiny_policy, tmp_path):
             tab.click("#caption-it")
             tab.wait_for_selector("#captions .refused")
             assert "RDKit can't read this molecule" in answer.inner_text()
+
+            # an example of the pairs, ranked by both directions
+            tab.locator("button", has_text="CCO").first.click()
+            tab.get_by_label("rank").first.click()
+            tab.get_by_role("option", name="channel").click()
+            tab.click("#caption-it")
+            tab.wait_for_selector("#captions table")
+            assert "CCO" in answer.inner_text() and "back -" in answer.inner_text()
+
+            # a file, and what is made of it
+            given = tmp_path / "in.csv"
+            given.write_text("id,molecule\na,CCO\nb,C1CC\n")
+            tab.get_by_role("tab", name="File").click()
+            tab.locator("#upload input[type=file]").set_input_files(given)
+            tab.wait_for_selector("#upload a")
+            tab.click("#translate-file")
+            with tab.expect_download() as download:
+                tab.locator("#made a").first.click()
+            assert "2 inputs" in tab.locator("#said").inner_text()
+            rows = read_table(shutil.copy(download.value.path(), tmp_path / "made.csv"))
+            assert {(row["id"], row["note"]) for row in rows} == {("a", ""), ("b", "RDKit can't read this molecule")}
 
             # a caption, and one that is far too long
             tab.get_by_role("tab", name="Caption to molecules").click()

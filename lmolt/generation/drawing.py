@@ -53,6 +53,7 @@ def table(candidates: list[Candidate]) -> str:
             continue
         said = groups(c.output, c.smiles) if c.direction == MOL2CAP else ("valid" if c.valid else "no molecule")
         logp = "" if c.logp is None else f"{c.logp:.2f}"
+        logp += "" if c.reverse_logp is None else f"<br>back {c.reverse_logp:.2f}"
         cells = [str(c.rank), svg(c.smiles) if c.direction != MOL2CAP and c.smiles else "", cut(c.output), logp, said]
         rows.append("<tr>" + "".join(f'<td style="text-align:left">{cell}</td>' for cell in cells) + "</tr>")
     head = "".join(f"<th>{name}</th>" for name in ("rank", "molecule", "output", "log p", ""))

@@ -5,12 +5,14 @@ Gradio (the extra `page`) serves it; molecules are drawn in OpenChemLib's editor
 """
 
 import os
+import random
 import tempfile
 from html import escape
 from pathlib import Path
 
+from lmolt.data.pairs import read_pairs
 from lmolt.data.sources import INPUTS, read_sources, write_translations
-from lmolt.generation.candidates import LONGEST
+from lmolt.generation.candidates import LONGEST, RANKS
 from lmolt.generation.drawing import table
 from lmolt.generation.translator import Translator
 from lmolt.prompts import CAP2MOL, MOL2CAP
@@ -58,7 +60,7 @@ def build(translator: Translator, examples: dict[str, list[str]] | None = None, 
         except (ValueError, OSError) as error:
             return f'<p class="refused">{escape(str(error)[:500])}</p>'
 
-    def of_file(path: str | None, direction: str, column: str, n: int, valid_only: bool):
+    def of_file(path: str | None, direction: str, column: str, n: int, valid_only: bool, rank: str):
         try:
             if not path:
                 raise ValueError(f"choose a file: {', '.join(INPUTS)}")
@@ -68,10 +70,13 @@ def build(translator: Translator, examples: dict[str, list[str]] | None = None, 
                 raise ValueError(
                     f"{len(sources.texts):,} rows, and the page takes {MOST_ROWS:,}; scripts/translate.py takes all"
                 )
-            how = {"num_candidates": max(1, min(int(n), MOST_CANDIDATES)), "valid_only": valid_only}
+            how = {"num_candidates": max(1, min(int(n), MOST_CANDIDATES)), "valid_only": valid_only, "rank": rank}
             found = translator(sources.texts, wanted or sources.direction, **how, **options)
             out = Path(tempfile.mkdtemp(prefix="lmolt-")) / "translations.csv"
-            write_translations(found.rows(), out)
+            rows = found.rows()
+            if sources.ids:
+                rows = [{"row": row["row"], "id": sources.ids[row["row"] - 1]} | row for row in rows]
+            write_translations(rows, out)
             said = ", ".join(f"{count} {what}" for what, count in found.counts.items())
             return escape(said), str(out)
         except (ValueError, OSError) as error:
@@ -80,7 +85,7 @@ def build(translator: Translator, examples: dict[str, list[str]] | None = None, 
     def settings():
         n = gr.Slider(1, MOST_CANDIDATES, value=4, step=1, label="candidates")
         valid = gr.Checkbox(True, label="valid only")
-        return [n, valid, gr.Dropdown(["logp", "mean_logp", "votes"], value="logp", label="rank")]
+        return [n, valid, gr.Dropdown(list(RANKS), value="logp", label="rank")]
 
     gr.set_static_paths([EDITOR])
     with gr.Blocks(title="LMolT", analytics_enabled=False) as page:
@@ -106,7 +111,7 @@ def build(translator: Translator, examples: dict[str, list[str]] | None = None, 
             file = gr.File(label=", ".join(INPUTS), file_types=list(INPUTS), type="filepath", elem_id="upload")
             direction = gr.Dropdown(["find out", MOL2CAP, CAP2MOL], value="find out", label="direction")
             column = gr.Textbox(label="column of a table")
-            how = settings()[:2]
+            how = settings()
             asked = gr.Button("Translate", elem_id="translate-file", variant="primary")
             said, made = gr.HTML(elem_id="said"), gr.File(label="translations", elem_id="made")
             asked.click(of_file, [file, direction, column, *how], [said, made])
@@ -123,7 +128,14 @@ def build(translator: Translator, examples: dict[str, list[str]] | None = None, 
     }
 
 
-def serve(translator: Translator, port: int | None = None, **options) -> None:
-    """Serve the page until Ctrl-C; prints where it is."""
-    page, how = build(translator, **options)
+def examples_of(pairs: str) -> dict[str, list[str]]:
+    """Three of each kind of the pairs' test split, of those that a line shows."""
+    found = [p for p in read_pairs(pairs, default_split="test") if len(p["molecule"]) < 80 and len(p["caption"]) < 400]
+    chosen = random.Random(0).sample(found, min(3, len(found)))
+    return {MOL2CAP: [p["molecule"] for p in chosen], CAP2MOL: [p["caption"] for p in chosen]} if chosen else {}
+
+
+def serve(translator: Translator, port: int | None = None, pairs: str | None = None, **options) -> None:
+    """Serve the page until Ctrl-C, with examples of `pairs`; prints where it is."""
+    page, how = build(translator, examples_of(pairs) if pairs else None, **options)
     page.launch(server_port=port, **how)
