@@ -135,20 +135,42 @@ def cache_folder() -> Path:
         ) from None
 
 
-def read_json(path: Path | str) -> dict:
-    """The object in a JSON file; `ValueError` names the file, and where in it is what can't be read."""
+def read_json(path: Path | str, *, plain: bool = False) -> dict:
+    """The object in a JSON file; `ValueError` names the file, and where in it is what can't be read.
+
+    `plain`: a file that other libraries read too, which know neither UTF-16 nor gzip.
+    """
     path = Path(path)
     text = read_text(path)
+    if plain and not path.read_bytes().startswith(text[:1].encode()):
+        raise ValueError(
+            f"{path} byte 0: is packed by gzip, or has a mark of UTF-8, -16 or -32; save it as plain UTF-8"
+        )
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise ValueError(f"{path} {where}: not JSON ({error.msg}); the file is damaged, get it again") from None
-    except (RecursionError, ValueError) as error:  # nested by the thousand, a number of thousands of digits
-        raise ValueError(f"{path}: not JSON that can be read ({' '.join(str(error).split())[:80]})") from None
+    except (RecursionError, ValueError):  # nested by the thousand, a number of thousands of digits
+        at, what = _beyond(text)
+        raise ValueError(
+            f"{path} line {text.count(chr(10), 0, at) + 1}: {what}; the file is damaged, get it again"
+        ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: {text[:40]!r} is not a JSON object {{name: value}}")
     return content
+
+
+def _beyond(text: str) -> tuple[int, str]:
+    """Where JSON is more than Python's parser takes, and what it is."""
+    if number := re.search(r"\d{4300,}", text):
+        return number.start(), f"a number of {len(number[0]):,} digits"
+    depth = 0
+    for bracket in re.finditer(r"[\[{\]}]", text):
+        depth += 1 if bracket[0] in "[{" else -1
+        if depth > 500:
+            return bracket.start(), "nested by more than 500 levels"
+    return 0, "not JSON that can be read"
 
 
 def write_whole(path: Path | str, content: str | bytes | Callable[[BinaryIO], object]) -> None:
@@ -238,14 +260,16 @@ def read_text(path: Path | str, encoding: str = "utf-8") -> str:
     if what := next((what for mark, what in _NO_TEXT.items() if data.startswith(mark)), None):
         raise ValueError(f"{path}: is no text but {what}")
     if data.startswith(b"\x1f\x8b"):
+        unpacked = bytearray()
         try:
-            unpacked = bytearray()
             with gzip.open(io.BytesIO(data)) as file:
                 while len(unpacked) <= _LARGEST and (piece := file.read(1 << 24)):
                     unpacked += piece
             data = unpacked
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: not a whole gzip file ({error}); pack it again") from None
+            raise ValueError(
+                f"{path} after byte {len(unpacked):,} of its content: not a whole gzip file ({error}); pack it again"
+            ) from None
         if len(data) > _LARGEST:
             raise ValueError(f"{path}: unpacks to over {_LARGEST / 2**30:g} GiB; give a part of it")
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), encoding)
@@ -299,9 +323,10 @@ def _read_parquet(path: Path) -> list[dict]:
     import pyarrow as pa  # here: merging starts in 0.15 s, and hashes with what is above
     import pyarrow.parquet as pq
 
-    rows, size = [], 0
+    rows, size, where = [], 0, " footer"
     try:
         with pq.ParquetFile(path) as file:
+            where = " row 1 or later"
             if file.metadata.num_rows * _CELL > _LARGEST:
                 raise ValueError(f"{path}: has {file.metadata.num_rows:,} rows; give a part of it")
             for batch in file.iter_batches(batch_size=10_000):
@@ -311,9 +336,9 @@ def _read_parquet(path: Path) -> list[dict]:
                         f"{path}: unpacks to over {_LARGEST / 2**30:g} GiB by row {len(rows):,}; give a part of it"
                     )
                 rows += batch.to_pylist()
+                where = f" row {len(rows) + 1} or later"
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # of its parts, without a name
         reason = " ".join(str(error).split())[:200]
-        where = f" row {len(rows) + 1} or later" if rows else ""
         raise ValueError(f"{path}{where}: not a readable parquet file ({reason}); write it again") from None
     return rows
 
@@ -363,10 +388,13 @@ def _read_separated(path: Path, text: str) -> list[dict]:
         header = re.split("[\r\n]", text, maxsplit=1)[0]
         # As spreadsheets write it in half of Europe, and as "text" that was given the suffix.
         separator = next((mark for mark in ",;\t|" if mark in header), ",")
+        records = []
         try:
-            records = list(csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator))
+            for record in csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator):
+                records.append(record)
         except csv.Error as error:
-            raise ValueError(f"{path}: broken quoting ({error}); double each quote inside a quoted cell") from None
+            where = f"row {len(records)}" if records else "header"
+            raise ValueError(f"{path} {where}: broken quoting ({error}); double each quote in a quoted cell") from None
     if not records:
         raise ValueError(f"{path}: the file is empty")
     header, *records = records

@@ -120,13 +120,10 @@ def read_recipe(path: Path, anchors: bool = False) -> dict:
                 raise ValueError(f"{path} line {line}: {what}; a recipe is `key: value` lines")
         values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
+        mark, at = getattr(error, "problem_mark", None), getattr(error, "position", None)
+        line = f" line {mark.line + 1}" if mark else f" line {text.count(chr(10), 0, at) + 1}" if at is not None else ""
         problem = getattr(error, "problem", None) or str(error)
         raise ValueError(f"{path}{line}: not a YAML mapping ({' '.join(str(problem).split())[:200]})") from None
-    except (ValueError, OverflowError) as error:  # of a date or a number that YAML takes for one
-        message = " ".join(str(error).split())[:200]
-        raise ValueError(message if str(path) in message else f"{path}: {message}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -136,6 +133,12 @@ def read_recipe(path: Path, anchors: bool = False) -> dict:
 
 class _Loader(yaml.SafeLoader):
     """YAML in which a key may stand once."""
+
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError) as error:  # of a date or a number that YAML takes for one
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
     def construct_mapping(self, node, deep=False):
         seen = set()

@@ -88,7 +88,7 @@ def read_config(folder: Path) -> dict:
     if not isinstance(config.get("peft_type"), str):
         raise ValueError(f"{file}: names no peft_type; save the adapter again")
     if config["peft_type"] != "LORA":
-        raise ValueError(f"{file}: {config['peft_type']} is not supported, only LORA; {WAY_OUT}")
+        raise ValueError(f"{file}: peft_type {config['peft_type']} is not supported, only LORA; {WAY_OUT}")
     for key, value in config.items():
         if key in HARMLESS | FOLLOWED or value in (None, False) or value in ([], {}, ""):
             continue

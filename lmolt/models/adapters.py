@@ -34,7 +34,7 @@ def load_adapter(model, adapter: str, *, is_trainable: bool = False, device: str
 def check_made_for(adapter: str, model: str, revision: str | None = None) -> None:
     """`ValueError` where an adapter names another base than `model`, or was trained by LMolT on other weights."""
     folder = folder_of(adapter, "adapter_config.json")
-    named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    named = read_json(folder / "adapter_config.json", plain=True).get("base_model_name_or_path")
     if named is not None and not isinstance(named, str):
         raise ValueError(f"{folder / 'adapter_config.json'}: base_model_name_or_path is {str(named)[:80]}, not a name")
     hashes = _recorded(folder)

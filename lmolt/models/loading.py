@@ -92,7 +92,9 @@ def _read_tokenizer(name: str, revision: str | None, trust_remote_code: bool):
     folder = Path(name)
     files = [file for file in ("tokenizer.json", "tokenizer_config.json") if (folder / file).is_file()]
     for file in files:
-        read_json(folder / file)  # what is no JSON is named with its place
+        tokens = read_json(folder / file, plain=True).get("added_tokens", [])  # what is no JSON is named with its place
+        if not isinstance(tokens, list) or not all(isinstance(token, dict) for token in tokens):
+            raise ValueError(f"{folder / file}: added_tokens is {str(tokens)[:60]!r}, and no list of objects")
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except BaseException as error:  # a panic of tokenizers' Rust is no Exception
@@ -158,7 +160,9 @@ def read_config(name: str, revision: str | None, trust_remote_code: bool):
     check_model_folder(name)
     folder = Path(name)
     if folder.is_dir():
-        read_json(folder / "config.json")  # what is no JSON is named with its place
+        kind = read_json(folder / "config.json", plain=True).get("model_type", "")  # no JSON is named with its place
+        if not isinstance(kind, str):
+            raise ValueError(f"{folder / 'config.json'}: model_type is {str(kind)[:60]}, and no architecture's name")
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # of a value's type, of a type of model that nobody knows, of the model's own code
