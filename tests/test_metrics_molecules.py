@@ -189,6 +189,11 @@ def test_what_rdkit_does_not_finish_is_counted_and_the_rest_scored(monkeypatch):
 
 
 def _end(item: str):
+    if item.startswith("once "):  # what another process may do to a worker
+        flag = Path(item.removeprefix("once "))
+        if not flag.exists():
+            flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
     if item == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     if item == "loop":
@@ -205,7 +210,7 @@ def _end(item: str):
     return item.upper()
 
 
-def test_workers_tell_why_an_item_has_no_result(monkeypatch):
+def test_workers_tell_why_an_item_has_no_result(monkeypatch, tmp_path):
     monkeypatch.setattr(workers, "SECONDS", 0.5)
     items = ["a", "crash", "b", "loop", "memory", "rdkit", "c"] + ["d"] * 100
     for count in (1, 2):
@@ -214,6 +219,8 @@ def test_workers_tell_why_an_item_has_no_result(monkeypatch):
         assert [type(found[i]) for i in (1, 3, 4, 5)] == [workers.Unfinished] * 4
         assert found[1] == "RDKit crashed over it (SIGSEGV)" and found[3] == "RDKit did not finish it in 0.5 s"
         assert found[4] == "RDKit needed more than 2 GiB for it" and "Invariant Violation" in found[5]
+    once = f"once {tmp_path / 'flag'}"
+    assert workers.in_processes(_end, ["a", once, "b"], 1) == ["A", once.upper(), "B"]
     with pytest.raises(ValueError, match="data"):
         workers.in_processes(_end, ["a", "data"], 1)
     with pytest.raises(RuntimeError, match="by the error above"):  # never taken for a crash of RDKit's

@@ -121,15 +121,20 @@ def _work(workers: list, at: int, function, items: list, chunks: deque, results:
             left = deque(chunks.popleft())
         except IndexError:  # another thread took the last one
             return
+        again = None  # the item that a worker died of, and may not have been to blame: the system may have killed it
         while left:
             for good, result in workers[at].results(function, [items[i] for i in left]):
                 if not good:
                     raise result
                 results[left.popleft()] = result
             if left:  # the worker died of the first of them
-                results[left.popleft()] = workers[at].cause()
+                cause, timed = workers[at].cause(), workers[at].process.returncode == -signal.SIGPROF
                 workers[at].end()
                 workers[at] = _Worker()
+                if timed or again == left[0]:
+                    results[left.popleft()] = cause
+                else:
+                    again = left[0]
 
 
 @atexit.register
