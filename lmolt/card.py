@@ -19,10 +19,11 @@ def front_matter(tags: list[str], parents: list[str], **metadata) -> str:
     return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def usage(name: str, *, adapter: bool = False, seq2seq: bool = False, trust_remote_code: bool = False) -> str:
-    """Python that loads the model `name` and translates one example in each direction, as a card shows it."""
+def usage(name: str, *, base: str = "", seq2seq: bool = False, trust_remote_code: bool = False) -> str:
+    """Python that loads the model `name`, or the adapter of that name on `base`, and translates an example in each
+    direction, as a card shows it: by plain transformers, and what LMolT's own `Translator` does beyond."""
     package, loader = "transformers", f"AutoModelFor{'Seq2SeqLM' if seq2seq else 'CausalLM'}"
-    if adapter:
+    if base:
         package, loader = "peft", f"AutoPeft{loader[4:]}"
     remote = ", trust_remote_code=True" if trust_remote_code else ""
     lines = [
@@ -50,7 +51,12 @@ def usage(name: str, *, adapter: bool = False, seq2seq: bool = False, trust_remo
         "output = model.generate(input_ids=torch.tensor([ids]).to(model.device), max_new_tokens=250, do_sample=False)",
         f"print(tokenizer.decode({rest}, skip_special_tokens=True))",
     ]
-    return "```python\n" + "\n".join(lines) + "\n```\n"
+    ours = ", ".join(f'"{part}"' for part in (base, name) if part)
+    return (
+        "```python\n" + "\n".join(lines) + "\n```\n\n"
+        f"LMolT's `Translator({ours}{remote})` (`from lmolt import Translator`) takes texts in one line, makes several "
+        "candidates, keeps those that RDKit reads, ranks and draws them; `scripts/translate.py` does it with files.\n"
+    )
 
 
 def as_table(rows: dict[str, object]) -> str:
@@ -108,7 +114,7 @@ def write_card(folder: Path, output_dir: Path, run: dict) -> None:
 A LoRA adapter that translates between molecules (SMILES) and captions, both ways, aligned with LMolT
 (Gkoumas & Liakata, "Feedback-aligned Mixed LLMs for Machine Language-Molecule Translation").
 
-{warning}{usage(name, adapter=True, trust_remote_code=arguments["trust_remote_code"])}
+{warning}{usage(name, base=base, trust_remote_code=arguments["trust_remote_code"])}
 {as_table(rows)}
 
 All arguments are in `run.json`, the cost in `efficiency.json`, the log in `trainer_state.json`.
@@ -193,7 +199,7 @@ def model_index(name: str, record: dict, url: str) -> list[dict]:
             metric_name=entry.get("label", key),
             metric_value=entry["value"],
             metric_args={"convention": entry["convention"]},
-            source_name="LMolT",
+            source_name=f"LMolT, weights {record['weights']}" if "weights" in record else "LMolT",
             source_url=url,
         )
         for direction, part in record["directions"].items()

@@ -438,6 +438,11 @@ def evaluate(args: argparse.Namespace) -> None:
         "directions": parts,
     }
     folders = [args.adapter, args.model]
+    if not args.predictions:
+        from lmolt.generation.server import is_server
+
+        if system.server if system else is_server(args.model):
+            run.record["weights"] = "unknown: they are the server's"
     if system:
         run.record["entry"] = system._asdict()  # as the file of systems had it
         folders = [*system.adapters.values(), *system.models.values()]

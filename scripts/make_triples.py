@@ -287,6 +287,7 @@ def use_demo(args: argparse.Namespace) -> None:
 
 def translations(args: argparse.Namespace, direction: str, prompts: list[str], journal: Path, counts: Counter):
     """Each prompt's outputs, one or --num_candidates, and what made them."""
+    from lmolt.generation.server import is_server
     from lmolt.generation.translate import identity, load_translator, translate
 
     name, adapter = getattr(args, f"{direction}_model"), getattr(args, f"{direction}_adapter")
@@ -310,7 +311,10 @@ def translations(args: argparse.Namespace, direction: str, prompts: list[str], j
         progress=f"{direction} with {adapter or name}",
     )
     counts.update({f"{direction}: {cause.replace('_', ' ')}": n for cause, n in found.items() if n})
-    made_by = {"name": name, "adapter": adapter, "weights": identity(model)}
+    weights = identity(model)
+    if is_server(name):
+        weights = f"unknown: they are the server's; what it is known by: {weights}"
+    made_by = {"name": name, "adapter": adapter, "weights": weights}
     return [outputs[i : i + n] for i in range(0, len(outputs), n)], made_by
 
 

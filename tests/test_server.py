@@ -16,6 +16,7 @@ import pytest
 from conftest import load_script
 
 from lmolt import Translator
+from lmolt.card import model_index
 from lmolt.files import read_table, write_table
 from lmolt.generation.server import Server
 from lmolt.generation.systems import load, read_system
@@ -258,12 +259,16 @@ def test_a_server_is_a_system_and_a_model_of_each_script(served, tmp_path):
     load_script("evaluate").main(args)
     record = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     assert record["directions"]["mol2cap"]["counts"]["prompt tokens"] == 28
+    assert record["weights"] == "unknown: they are the server's"
+    sources = {result["source"]["name"] for result in model_index("M", record, "https://u")[0]["results"]}
+    assert sources == {"LMolT, weights unknown: they are the server's"}
     assert [row["prediction"] for row in read_table(tmp_path / "evaluation" / "predictions.parquet")] == ["good"] * 8
     assert KEY not in "".join(p.read_text(errors="ignore") for p in (tmp_path / "evaluation").rglob("*") if p.is_file())
 
     args = ["--pairs", str(tmp_path / "pairs.csv"), "--fraction", "1", "--directions", "mol2cap"]
     args += ["--mol2cap_model", served.url, "--output", str(tmp_path / "triples.parquet")]
     load_script("make_triples").main(args)
+    assert "unknown: they are the server's; what it is known by" in (tmp_path / "triples.json").read_text()
     assert [row["rejected"] for row in read_table(tmp_path / "triples.parquet")] == ["good"] * 4
 
     (tmp_path / "in.smi").write_text("CCO\nrefused\nCCN\n")

@@ -304,6 +304,7 @@ def test_training_goes_on_where_all_held_out_rows_are_dropped(tmp_path, tiny_pol
     assert "nothing is evaluated, and the last model is kept" in capsys.readouterr().out
     monkeypatch.chdir("/")  # the card's Python runs from any folder
     card = (tmp_path / "out" / "README.md").read_text()
+    assert f'Translator("{tiny_policy}", "{tmp_path / "out"}")' in card
     assert f'from_pretrained("{tmp_path / "out"}"' in card and "| held out | none |" in card
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         tiny_policy
