@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -27,6 +29,7 @@ from transformers import (
 )
 
 from lmolt.merging import folding
+from lmolt.merging.architecture import read_architecture
 from lmolt.merging.checkpoints import Checkpoint
 from lmolt.merging.verification import fold_by_peft
 
@@ -40,6 +43,14 @@ FAMILIES = {  # class, config, names of a projection, the head, the embedding
     "gemma2": (Gemma2ForCausalLM, Gemma2Config(**LLAMA, head_dim=8), "q_proj", "lm_head", "embed_tokens"),
     "mixtral": (MixtralForCausalLM, MixtralConfig(**LLAMA, num_local_experts=4), "q_proj", "lm_head", "embed_tokens"),
 }
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+COMPOSITE = Gemma3Config(  # a text model within one that reads images, too
+    text_config=LLAMA | {"head_dim": 8},
+    vision_config=VISION | {"image_size": 28, "patch_size": 14},
+    image_token_index=60,
+    mm_tokens_per_image=1,
+)
+ALL = {**FAMILIES, "gemma3": (Gemma3ForConditionalGeneration, COMPOSITE, "q_proj", "lm_head", "embed_tokens")}
 Q, HEAD, EMBEDDING = "<a projection>", "<the head>", "<the embedding>"
 FOLDED = {
     "plain": {"target_modules": [Q]},
@@ -63,7 +74,7 @@ EXPERTS = {
 
 def filled(text, family: str):
     """`text` with the family's names for the projection, the head and the embedding."""
-    for name, real in zip((Q, HEAD, EMBEDDING), FAMILIES[family][2:], strict=True):
+    for name, real in zip((Q, HEAD, EMBEDDING), ALL[family][2:], strict=True):
         text = text.replace(name, real)
     return text
 
@@ -78,7 +89,7 @@ def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
 
     def base(family: str, dtype=torch.bfloat16) -> Path:
-        kind, config, *_ = FAMILIES[family]
+        kind, config, *_ = ALL[family]
         place = folder / f"{family}_{dtype}".replace("torch.", "")
         if not place.exists():
             torch.manual_seed(0)
@@ -90,7 +101,7 @@ def bases(tmp_path_factory):
 
 def adapter(family: str, base: Path, folder: Path, make=LoraConfig, **options) -> Path:
     """An adapter of `base` whose trainable tensors have all been moved at random."""
-    kind = FAMILIES[family][0]
+    kind = ALL[family][0]
     task = "SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM"
     if make is LoraConfig:
         options = {"r": 4, "lora_alpha": 8} | options
@@ -109,7 +120,7 @@ def by_peft(family: str, base: Path, folder: Path, untied: list[str]) -> tuple[d
 
     PEFT adds to a tied tensor in place, and so changes its twin: as its own warning says, the base is untied first.
     """
-    kind = FAMILIES[family][0]
+    kind = ALL[family][0]
     unmerged = PeftModel.from_pretrained(kind.from_pretrained(base, dtype="auto"), folder)
     if untied:
         model = kind.from_pretrained(base, dtype="auto")
@@ -136,7 +147,7 @@ def check_equal(family: str, base: Path, folder: Path, output: Path) -> None:
     """Fold; every tensor is PEFT's, --verify by PEFT's layers finds no difference, the logits are the model's."""
     loaded = fold(base, folder, family, output)
     expected, unmerged = by_peft(family, base, folder, loaded.untied)
-    model = FAMILIES[family][0].from_pretrained(output, dtype="auto")
+    model = ALL[family][0].from_pretrained(output, dtype="auto")
     ours = model.state_dict()
     assert ours.keys() == expected.keys()
     for name, tensor in ours.items():
@@ -161,6 +172,18 @@ def test_as_peft_merges(bases, tmp_path, family, case):
         assert not (tmp_path / "O").exists()
     else:
         check_equal(family, base, folder, tmp_path / "O")
+
+
+@pytest.mark.parametrize("case", ["all_linear_rslora", "head_saved"])
+def test_a_composite_model(bases, tmp_path, case):
+    """Gemma 3 with its vision tower: the file's names aren't the modules', the text model lies one level deeper."""
+    base = bases("gemma3")
+    check_equal(
+        "gemma3",
+        base,
+        adapter("gemma3", base, tmp_path / "adapter", **options_for("gemma3", FOLDED[case])),
+        tmp_path / "O",
+    )
 
 
 @pytest.mark.parametrize("case", EXPERTS)
@@ -301,9 +324,9 @@ def test_onto_the_dequantised_base(bases, tmp_path, family):
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from transformers.pytorch_utils import Conv1D
 
-    base, q = bases(family), FAMILIES[family][2]
+    base, q = bases(family), ALL[family][2]
     folder = adapter(family, base, tmp_path / "adapter", target_modules=[q])
-    model = FAMILIES[family][0].from_pretrained(base, dtype="auto")
+    model = ALL[family][0].from_pretrained(base, dtype="auto")
     for name, module in model.named_modules():
         if isinstance(module, (torch.nn.Linear, Conv1D)) and name != "lm_head" and not name.endswith(".wo"):
             turn = (lambda x: x.T.contiguous()) if isinstance(module, Conv1D) else lambda x: x
@@ -314,8 +337,29 @@ def test_onto_the_dequantised_base(bases, tmp_path, family):
         [*map(str, ("--models", base, "--adapter", folder, "--output", tmp_path / "O")), "--fold_base", "dequantised",
          "--verify"]
     )  # fmt: skip
-    ours = FAMILIES[family][0].from_pretrained(tmp_path / "O", dtype="auto").state_dict()
+    ours = ALL[family][0].from_pretrained(tmp_path / "O", dtype="auto").state_dict()
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "kind, vocabulary, head, embedding, linear",
+    [
+        ("internlm2", "vocab_size", "output", "model.tok_embeddings", "model.layers.0.attention.wqkv"),
+        ("chatglm4x", "padded_vocab_size", "transformer.output_layer", "transformer.word", "transformer.h.0.dense"),
+    ],
+)
+def test_what_is_in_4_bits_where_the_class_is_not_known(tmp_path, kind, vocabulary, head, embedding, linear):
+    """A base with code of its own: what has a row for each token is an embedding or a head, whatever its name."""
+    save_file(
+        {f"{name}.weight": torch.zeros(96 if name != linear else 32, 32) for name in (head, embedding, linear)},
+        tmp_path / "model.safetensors",
+    )
+    auto = {"AutoModelForCausalLM": "modeling.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, vocabulary: 96, "auto_map": auto}))
+    base = Checkpoint(tmp_path)
+    found = read_architecture(base, {linear})
+    assert found.model is None
+    assert [name for name, e in base.entries.items() if found.is_quantised(name, e.shape)] == [f"{linear}.weight"]
 
 
 def test_verify_reads_the_adapter_by_another_path(bases, tmp_path):

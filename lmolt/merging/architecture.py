@@ -40,6 +40,7 @@ class Architecture:
 
     def __init__(self, base: Checkpoint, model: nn.Module | None):
         self.model, self.homes = model, {}
+        self.vocabulary = {base.config.get(key) for key in ("vocab_size", "padded_vocab_size")}
         if model is None:
             self.homes = {name: Home(name) for name in base.entries}
             self.ties, self.quantised = {}, None
@@ -109,10 +110,9 @@ class Architecture:
         """Whether QLoRA held this stored tensor in 4 bits."""
         if self.quantised is not None:
             return name in self.homes and self.homes[name].parameter in self.quantised
-        # no class of transformers: a linear layer's weight that is no embedding and no head
-        return len(shape) == 2 and not re.search(
-            r"embed|lm_head|wte|wpe|shared|relative_attention_bias|^output\.", name
-        )
+        # no class of transformers: a matrix that is no embedding and no head, which have a row for each token
+        named = re.search(r"embed|lm_head|wte|wpe|shared|relative_attention_bias", name)
+        return len(shape) == 2 and shape[0] not in self.vocabulary and not named
 
 
 def read_architecture(base: Checkpoint, adapter_modules: set[str]) -> Architecture:
@@ -122,7 +122,7 @@ def read_architecture(base: Checkpoint, adapter_modules: set[str]) -> Architectu
     the modules' and its layers as linear ones.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(base.folder)
+        config = transformers.AutoConfig.from_pretrained(base.folder, trust_remote_code=False)  # nor asked for
     except (ValueError, OSError, KeyError, AttributeError, TypeError):
         return Architecture(base, None)
     names = [getattr(transformers, name, None) for name in config.architectures or []]
