@@ -32,14 +32,9 @@ from tqdm import tqdm
 from lmolt import ownership
 from lmolt.files import read_json, run_main, sha256_file, shipped, versions
 from lmolt.merging import methods
-from lmolt.merging.checkpoints import (
-    Checkpoint,
-    check_checkpoints,
-    check_tokenizer,
-    files_to_copy,
-    find_folder,
-    find_folders,
-)
+from lmolt.merging.agreement import check_checkpoints
+from lmolt.merging.beside import check_beside, files_to_copy, read_back
+from lmolt.merging.checkpoints import Checkpoint, find_folder, find_folders
 from lmolt.merging.provenance import known_base, plot, summarise, summarise_fold, table, warnings, write_lineage
 from lmolt.merging.reading import read_inputs
 from lmolt.merging.safetensors_io import NAMES, OutputFolder, check_room, partial_folder, replaced_folder
@@ -294,6 +289,7 @@ def main(argv: list[str]) -> None:
     check_output(args, sources)
     dtype, said = check_checkpoints(sources, NAMES.get(args.dtype))
     files, links = files_to_copy(models[0].folder)
+    links += filter(None, [check_beside(models[0].folder, files)])
     layout = {
         file: [(e.name, e.dtype if e.name in models[0].kept else dtype, e.shape) for e in entries]
         for file, entries in models[0].files.items()
@@ -348,9 +344,7 @@ def main(argv: list[str]) -> None:
     }
     config = output_config(models[0], dtype, changes)
     write_lineage(output.partial, name, lineage, seq2seq=config.get("is_encoder_decoder", False))
-    check = lambda: check_tokenizer(output.partial, models[0].folder)
-    if note := output.finish(models[0].folder, files, config, check):
-        print(f"note: {note}")
+    output.finish(models[0].folder, files, config, lambda: read_back(output.partial, models[0].folder, files))
     print(table(lineage))
     for warning in [] if args.adapter else warnings(lineage):
         print(f"warning: {warning}")

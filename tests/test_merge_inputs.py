@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -13,9 +14,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from lmolt.files import content_hash
-from lmolt.merging.checkpoints import TIED_BY_DEFAULT, Checkpoint, files_to_copy
+from lmolt.merging.beside import files_to_copy
+from lmolt.merging.checkpoints import TIED_BY_DEFAULT, Checkpoint
 from lmolt.merging.reading import read_inputs
 from lmolt.merging.settings import Recipe
 
@@ -227,6 +230,26 @@ def test_links_that_leave_the_folder_are_not_copied(merge, ab, tmp_path, capsys)
     assert "vocab.json is a link out of its folder; it isn't copied" in capsys.readouterr().out
 
 
+def test_a_tokenizer_that_would_not_be_copied_is_refused(merge, ab, tmp_path):
+    (ab[0] / "tokenizer.json").rename(tmp_path / "t.json")
+    (ab[0] / "tokenizer.json").symlink_to(tmp_path / "t.json")
+    with pytest.raises(ValueError, match="A/tokenizer.json is a link out of its folder, .* put the file itself there"):
+        merge(*SLERP, "--models", *ab, "--output", tmp_path / "O")
+    assert not list(tmp_path.glob("O*"))
+
+
+def test_no_tokenizers_file_is_left_out(tmp_path):
+    """Nothing that a tokenizer of transformers reads is taken for weights or a record."""
+    names = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"}
+    for kind in TOKENIZER_MAPPING_NAMES.values():
+        made = getattr(transformers, kind, None) if kind else None
+        names |= {*getattr(made, "vocab_files_names", {}).values()}
+    assert len(names) > 15
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    assert {str(file) for file in files_to_copy(tmp_path)[0]} == names
+
+
 def test_the_hubs_cache_links_into_its_own_blobs(tmp_path):
     repository = tmp_path / "models--x--y"
     snapshot = repository / "snapshots" / "abc"
@@ -236,7 +259,7 @@ def test_the_hubs_cache_links_into_its_own_blobs(tmp_path):
     assert [str(file) for file in files_to_copy(snapshot)[0]] == ["tokenizer.json"]
 
 
-def test_the_outputs_tokenizer_is_read_back(merge, ab, tmp_path, capsys):
+def test_a_model_without_a_vocabulary(merge, ab, tmp_path, capsys):
     (ab[0] / "tokenizer.json").unlink()
     merge(*SLERP, "--models", *ab, "--output", tmp_path / "O")
     assert "has a tokenizer_config.json and no vocabulary; nor has the output" in capsys.readouterr().out

@@ -319,9 +319,7 @@ class OutputFolder:
         text += b" " * (-len(text) % 8)  # the format asks for tensors aligned to 8 bytes
         return len(text).to_bytes(8, "little") + text, [8 + len(text) + end for end in ends]
 
-    def finish(
-        self, source: Path, files: list[Path], config: dict, check: Callable[[], object] = lambda: None
-    ) -> object:
+    def finish(self, source: Path, files: list[Path], config: dict, check: Callable[[], object] = lambda: None) -> None:
         """Index, `config` and `files` of the folder `source` beside the shards; `check()`; then the final name."""
         if len(self.layout) > 1:
             weight_map = {name: shard for shard, tensors in self.layout.items() for name, *_ in tensors}
@@ -332,7 +330,7 @@ class OutputFolder:
             (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, self.partial / name)  # not its mode: the umask decides
         (self.partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        found = check()
+        check()
         self.journal.unlink()
         (self.partial / "plan.json").unlink()
         names = sorted(file.name for file in self.partial.iterdir() if file.name != ownership.CLAIMS)
@@ -343,7 +341,6 @@ class OutputFolder:
             self.folder.replace(replaced)
         self.partial.replace(self.folder)
         _delete_ours(replaced)
-        return found
 
 
 def _delete_ours(folder: Path) -> None:
