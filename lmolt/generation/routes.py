@@ -1,6 +1,7 @@
 """Which way of decoding.py a model is decoded by: what its cache allows, then what it is seen to get right."""
 
 import math
+import os
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
@@ -8,9 +9,20 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from lmolt.generation.decoding import Settings, decode, empty_cache, generate, read_prefix, takes
-from lmolt.models.self_check import Sequences, inner_model, plain, takes_attention, use_eager, windows
+from lmolt.models.excerpt import FAILURES, SECONDS, Excerpt, excerpt, room_for
+from lmolt.models.self_check import (
+    LONGEST,
+    Comparison,
+    inner_model,
+    left_out,
+    plain,
+    seconds_of,
+    takes_attention,
+    use_eager,
+    windows,
+)
 
-NEW = 32  # tokens that are decoded to see whether a way is right
+NEW, FEW = 32, 8  # tokens that are decoded to see whether a way is right; through some of the layers, fewer
 
 _proven: WeakKeyDictionary = WeakKeyDictionary()  # model: {(way, whether rows exceed a window): it was right}
 
@@ -49,14 +61,15 @@ def choose(model, rows: list[list[int]], prefix_length: int, settings: Settings,
     if not settings.plain:
         candidates = ["generate", "recompute"]
     over = any(longest + settings.max_new_tokens > window for window in windows(model.config))
-    known = _proven.setdefault(model, {})
+    known, part = _proven.setdefault(model, {}), None
     eager = [f"{way}, eager" for way in candidates] * takes_attention(type(inner_model(model)))
     for way in [*candidates, *eager]:
         if way in eager and model.config._attn_implementation != "eager":
             use_eager(model)
             say(f"{model.config.model_type}: decoded with its own eager attention")
         if (way, over) not in known:
-            known[way, over] = _is_right(model, way.split(",")[0], _sample(rows), prefix_length, say)
+            part = part or _part(model, rows, settings)
+            known[way, over] = _is_right(model, way.split(",")[0], part, prefix_length, say)
         if known[way, over]:
             break
     right = [next((way.split(",")[0] for way in [*candidates, *eager] if known.get((way, over))), None)]
@@ -70,15 +83,49 @@ def choose(model, rows: list[list[int]], prefix_length: int, settings: Settings,
     return right[0]
 
 
-def _sample(rows: list[list[int]]) -> list[list[int]]:
+def _part(model, rows: list[list[int]], settings: Settings) -> Excerpt:
+    """The longest, the shortest and a middle row, or what of them can be looked at in seconds; and, where rows will
+    exceed a window that none of these does, the longest one again and again up to it."""
     ordered = sorted(rows, key=lambda row: (len(row), row))
-    return [ordered[i] for i in sorted({0, len(ordered) // 2, len(ordered) - 1})]
+    chosen = [ordered[i] for i in sorted({0, len(ordered) // 2, len(ordered) - 1})]
+    longest, positions, made = ordered[-1], _positions(model), []
+    for window in windows(model.config):
+        length = window - FEW // 2
+        reached = len(longest) + NEW <= window < len(longest) + settings.max_new_tokens
+        if reached and length + NEW <= min(LONGEST, positions) and room_for(model, length):
+            made.append((longest * (1 + length // len(longest)))[:length])
+    output = lambda some: [(row, [1] * NEW) for row in some]
+    timed = lambda some: seconds_of(model, some)
+    return excerpt(inner_model(model), output(chosen), output(made), "padded", timed, SECONDS, (NEW, FEW))
 
 
-def _is_right(model, way: str, rows: list[list[int]], prefix_length: int, say: Callable) -> bool:
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
-    room = positions if model.config.is_encoder_decoder else positions - max(map(len, rows))
-    settings = Settings(max_new_tokens=max(1, min(NEW, room)))
+def _positions(model) -> float:
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+
+
+def _is_right(model, way: str, part: Excerpt, prefix_length: int, say: Callable) -> bool:
+    """Whether a way gives what plain attention does; what some of the layers don't confirm, all of them decide."""
+    if part.layers < part.of_layers:
+        with part.of(inner_model(model)):
+            found = _compare(model, way, part, prefix_length, FEW, lambda _: None)
+        if found is not None and found.holds:
+            say(f"self-check: {found}{left_out(part, model.config)}")
+            return True
+    found = _compare(model, way, part, prefix_length, NEW, say)
+    if found is None:
+        return False
+    if found.holds:
+        say(f"self-check: {found}{left_out(part.whole(), model.config)}")
+    else:
+        say(f"{found}; not used for this {model.config.model_type}")
+    return found.holds
+
+
+def _compare(model, way: str, part: Excerpt, prefix_length: int, new: int, say: Callable) -> Comparison | None:
+    rows = [row for row, _ in part.sequences]
+    prefix_length = min(prefix_length, len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
+    room = _positions(model) - (0 if model.config.is_encoder_decoder else max(map(len, rows)))
+    settings = Settings(max_new_tokens=max(1, min(new, room)))
     logps = [0.0] * len(rows)
     with torch.inference_mode():
         try:
@@ -91,24 +138,13 @@ def _is_right(model, way: str, rows: list[list[int]], prefix_length: int, say: C
                 rest = [row[prefix_length:] for row in rows]
                 options = {"prefix_cache": cache, "prefix_length": prefix_length, "logps": logps}
                 outputs = decode(model, [], rest, settings, [], **options)
+            known = plain(model, list(zip(rows, outputs, strict=True)))
         except torch.OutOfMemoryError:
             raise
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            KeyError,
-            IndexError,
-            AttributeError,
-            NotImplementedError,
-        ) as error:
+        except (ValueError, *FAILURES) as error:
             say(f"decoding, {NAMES[way]}: {type(error).__name__}: {str(error)[:200]}")
-            return False
-        sequences: Sequences = list(zip(rows, outputs, strict=True))
-        found = plain(model, sequences).compare(f"decoding, {NAMES[way]},", torch.tensor(logps))
-    if not found.holds:
-        say(f"{found}; not used for this {model.config.model_type}")
-    return found.holds
+            return None
+        return known.compare(f"decoding, {NAMES[way]},", torch.tensor(logps))
 
 
 NAMES = {

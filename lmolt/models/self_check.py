@@ -10,6 +10,7 @@ model with large logits are not refused, and forty of a model that was trained a
 
 import inspect
 import math
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +20,12 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lmolt.models.attention import why_not_tree
+from lmolt.models.excerpt import FAILURES, SECONDS, Excerpt, Sequences, excerpt, room_for
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
 
 FACTOR = 8.0
-LONGEST = 1024  # tokens of a sequence that is made longer than a window, where the data's are shorter
+LONGEST = 4608  # tokens of a sequence that is made longer than a window, where the data's are shorter
 FLOOR = 1e-3  # nats a sequence: an SSM's scan in chunks and its steps one by one differ by so much in fp32
-FAILURES = (RuntimeError, TypeError, KeyError, IndexError, AttributeError, AssertionError)  # of a model's code
-Sequences = list[tuple[list[int], list[int]]]
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,29 @@ def plain(model, sequences: Sequences) -> Plain:
     return Plain(sequences, logps, math.sqrt(squares / tokens))
 
 
-def choose_scoring(model, sequences: Sequences, packing: str, device, context, say: Callable) -> str:
+def choose_scoring(
+    model, sequences: Sequences, packing: str, device, context, say: Callable, made: Sequences = (), seconds=SECONDS
+) -> str:
     """How `model` is to score: "tree" or "padded", whichever of the two, from `packing` on, plain attention confirms.
 
-    `context` is the precision that training computes in. Where the numbers of neither hold, the model's own eager
-    attention is set, and then `ValueError`. `say` tells what was compared, and why a way was left.
+    `context` is the precision that training computes in. `made` are sequences beside the run's own, longer than a
+    window. Where all of them through all layers take longer than `seconds`, a part is looked at (excerpt.py), and
+    `say` tells which; what a part doesn't confirm is decided on all layers. Where the numbers of no packing hold, the
+    model's own eager attention is set, and then `ValueError`. `say` tells what was compared, and why a way was left.
     """
-    inner = inner_model(model)
+    inner, made = inner_model(model), list(made)
+    if packing == "tree" and (reason := why_not_tree(inner)):
+        say(f"{inner.config.model_type}: {reason}; rows are padded instead of packed into trees")
+        packing = "padded"
     try:
         with context():
+            part = Excerpt(sequences + made, 1, 1)
+            if hasattr(model, "get_output_embeddings"):  # else its weights are gathered layer by layer, in their order
+                part = excerpt(inner, sequences, made, packing, lambda some: seconds_of(model, some), seconds)
+            if part.layers < part.of_layers and (found := _first_look(model, part, packing, device)):
+                say(f"self-check: {found}{left_out(part, inner.config)}")
+                return packing
+            sequences = part.sequences
             known = plain(model, sequences)
             refuse_if_later_tokens_count(model, sequences, known)
     except torch.OutOfMemoryError:
@@ -101,9 +115,7 @@ def choose_scoring(model, sequences: Sequences, packing: str, device, context, s
             f"{inner.config.model_type} can't be run as it is loaded: {type(error).__name__} {str(error)[:200]}; "
             "with --load_in_4bit false it may"
         ) from error
-    if packing == "tree" and (reason := why_not_tree(inner)):
-        say(f"{inner.config.model_type}: {reason}; rows are padded instead of packed into trees")
-        packing = "padded"
+    part = part.whole()
     ways = ["tree"] * (packing == "tree") + ["padded"] + ["padded, eager"] * takes_attention(type(inner))
     for way in ways:
         if way == "padded, eager":
@@ -117,13 +129,44 @@ def choose_scoring(model, sequences: Sequences, packing: str, device, context, s
             say(f"self-check: {way} rows: {type(error).__name__}: {str(error)[:200]}; not used")
             continue
         found = known.compare(f"{way.replace('tree', 'tree-packed')} scoring", logps)
-        say(f"self-check: {found}" + "; not used" * (not found.holds))
+        say(f"self-check: {found}" + (left_out(part, inner.config) if found.holds else "; not used"))
         if found.holds:
             return way.split(",")[0]
     raise ValueError(
         f"{inner.config.model_type}: no way of scoring several sequences gives what plain attention does on the same "
         f"weights ({found}); this model can't be trained here"
     )
+
+
+def _first_look(model, part: Excerpt, way: str, device) -> "Comparison | None":
+    """The comparison on a part of the layers, where it confirms `way`."""
+    try:
+        with torch.no_grad(), evaluating(model), part.of(inner_model(model)):
+            known = plain(model, part.sequences)
+            refuse_if_later_tokens_count(model, part.sequences, known)
+            logps = score(model, part.sequences, way, device)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, *FAILURES):  # a class that isn't run in parts; whatever it is, all layers will show it
+        return None
+    found = known.compare(f"{way.replace('tree', 'tree-packed')} scoring", logps)
+    return found if found.holds else None
+
+
+def left_out(part: Excerpt, config) -> str:
+    longest = max(len(prompt) + len(output) for prompt, output in part.sequences)
+    unseen = [str(window) for window in windows(config) if window >= longest]
+    window = f"; none is longer than the window of {' and '.join(unseen)}, which is not seen" if unseen else ""
+    return window + (f"; left out, to take no longer: {part}" if str(part) else "")
+
+
+def seconds_of(model, sequences: Sequences) -> float:
+    """How long the plain way takes."""
+    with torch.no_grad(), evaluating(model), plain_attention(model):
+        start = time.perf_counter()
+        for sequence in sequences:
+            _row_logp(model, *sequence)
+    return time.perf_counter() - start
 
 
 def score(model, sequences: Sequences, way: str, device) -> torch.Tensor:
@@ -142,18 +185,22 @@ def use_eager(model) -> None:
         config._attn_implementation_internal = "eager"
 
 
-def at_hand(prompts_and_outputs: list[tuple[list[int], list[int], list[int]]], config) -> Sequences:
-    """What a run's own data offer for the check: both outputs of the two longest triples and of the shortest; and,
-    where layers see so many tokens only and none is longer, the longest one again behind its own prompt."""
-    ordered = sorted(prompts_and_outputs, key=lambda t: (len(t[0]) + max(len(t[1]), len(t[2])), t))
+def at_hand(triples: list[tuple[list[int], list[int], list[int]]], model) -> tuple[Sequences, Sequences]:
+    """What a run's own (prompt, chosen, rejected) offer for the check: both outputs of the two longest triples and of
+    the shortest; and, made where layers see so many tokens only and no sequence has more, the longest triple behind
+    its own prompt, as often as it takes."""
+    ordered = sorted(triples, key=lambda t: (len(t[0]) + max(len(t[1]), len(t[2])), t))
     chosen = [ordered[i] for i in sorted({0, max(0, len(ordered) - 2), len(ordered) - 1})]
     prompt, longest, _ = ordered[-1]
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
-    for window in windows(config):
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    made = []
+    for window in windows(model.config):
         repeats = 1 + window // len(prompt)
-        if len(prompt) + len(longest) <= window and len(prompt) * repeats + len(longest) <= min(LONGEST, positions):
-            chosen.append((prompt * repeats, longest, longest[:-1]))
-    return [(prompt, output) for prompt, *outputs in chosen for output in outputs if output]
+        length = len(prompt) * repeats + len(longest)
+        if len(prompt) + len(longest) <= window and length <= min(LONGEST, positions) and room_for(model, length, 8):
+            made.append((prompt * repeats, longest, longest[:-1]))
+    pairs = lambda chosen: [(prompt, output) for prompt, *outputs in chosen for output in outputs if output]
+    return pairs(chosen), pairs(made)
 
 
 def refuse_if_later_tokens_count(model, sequences: Sequences, known: Plain) -> None:

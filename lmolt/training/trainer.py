@@ -254,14 +254,13 @@ class PreferenceTrainer(Trainer):
 
     def _choose_packing(self, model) -> None:
         examples = self.train_dataset.examples + (self.eval_dataset.examples if self.eval_dataset else [])
-        sequences = self_check.at_hand(
-            [(list(e.prompt), list(e.chosen), list(e.rejected)) for e in examples], self.model.config
-        )
+        triples = [(list(e.prompt), list(e.chosen), list(e.rejected)) for e in examples]
+        sequences, made = self_check.at_hand(triples, self.model)
         say = print if self.is_world_process_zero() else lambda _: None
         decided = [None]
         if self.is_world_process_zero() or model is self.model_wrapped:
             options = (self.args.device, self.compute_loss_context_manager, say)
-            packing = self_check.choose_scoring(model, sequences, self.args.packing, *options)
+            packing = self_check.choose_scoring(model, sequences, self.args.packing, *options, made)
             decided = [(packing, self.model.config._attn_implementation)]
         self.args.packing, attention = broadcast_object_list(decided)[0]
         if attention == "eager":

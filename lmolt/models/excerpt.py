@@ -1,0 +1,174 @@
+"""The part of a model and of its sequences that a check of a few seconds can look at.
+
+What attention, a cache or a tree gets wrong shows in a layer of the kind that it gets wrong. So where all layers take
+too long, the first ones are run alone, as many as it takes to have each kind of layer among them, with the model's own
+embeddings, norm and head around them. Nothing is copied: the list of layers is exchanged for the time of the check.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+SECONDS = 3.0
+LEAST = 48  # tokens of a sequence that is cut
+FAILURES = (RuntimeError, TypeError, KeyError, IndexError, AttributeError, AssertionError)  # of a model's code
+Sequences = list[tuple[list[int], list[int]]]
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """`sequences` through the first `layers` of `of_layers`; `left_out` says which tokens are not looked at."""
+
+    sequences: Sequences
+    layers: int
+    of_layers: int
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """What is not looked at; empty where all is."""
+        layers = [f"layers {self.layers + 1} to {self.of_layers}"] * (self.layers < self.of_layers)
+        return ", ".join([*layers, *self.left_out])
+
+    def whole(self) -> "Excerpt":
+        """The same sequences, through all layers."""
+        return replace(self, layers=self.of_layers)
+
+    def of(self, model):
+        """The model cut to these layers, while the context lasts."""
+        return first_layers(model, self.layers) if self.layers < self.of_layers else nullcontext()
+
+
+def excerpt(
+    model,
+    own: Sequences,
+    made: Sequences,
+    way: str,
+    run: Callable[[Sequences], float],
+    seconds: float,
+    steps: tuple[int, int] = (0, 0),
+) -> Excerpt:
+    """What of `own` sequences, of those `made` to be longer than a window, and of the layers fits into `seconds`.
+
+    They are to be scored `way` ("tree" or "padded"); both outputs of a prompt stand beside each other. `run` takes
+    sequences through the model, a row at a time, and says how long that took. Whole sequences come before all layers,
+    since a window or a chunk shows in long ones alone, and two pairs of outputs before whole ones, since a tree needs
+    several. `steps` are passes of one token that follow: with all layers, and with some.
+    """
+    every, total, few = own + made, 1, 1
+    if _list_of_layers(model):
+        total, few = len(_layers(model)), layers_of_each_kind(model)
+    brief = [cut(own[0], 64), cut(own[0], 16)]
+    try:
+        with first_layers(model, few) if few < total else nullcontext():
+            run(brief[1:])  # what is set up once
+            long, short = (run([sequence]) for sequence in brief)
+    except FAILURES:  # a class that isn't run in parts
+        few, long, short = total, run(brief[:1]), run(brief[1:])
+    lengths = [len(prompt) + len(output) for prompt, output in brief]
+    a_token = max(long - short, 0.0) / max(1, lengths[0] - lengths[1])
+    a_pass = max(short - lengths[1] * a_token, 0.0)
+    config = model.config.get_text_config(decoder=True)
+    a_layer = max(1, sum(map(_weights, _layers(model))) / total)
+    head = _weights(model.get_output_embeddings()) / (a_layer * few)
+    wide = 8 * (getattr(config, "hidden_size", None) or 0) / a_layer  # eager attention's share of a layer, times tokens
+
+    def takes(chosen: Sequences, layers: int) -> float:
+        rows = [len(prompt) + len(output) for prompt, output in chosen]
+        # plain; the first two with other rounding; then packed, which is no more, or padded, with all logits
+        one_by_one = [row * (1 + wide * row) for row in rows]
+        tokens = sum(one_by_one) + sum(one_by_one[:2])
+        tokens += sum(rows) if way == "tree" else len(rows) * max(rows) * (1 + wide * max(rows) + head)
+        passes = len(rows) + 6 + steps[layers < total]
+        return layers / few * (a_pass * passes + a_token * tokens)
+
+    two = own if len(own) <= 4 else own[:2] + own[-2:]
+    longest = max(len(prompt) + len(output) for prompt, output in every)
+    ways = [(every, total), (every, few), (two + made, few), (own, few), (two, few)]
+    length = max(len(prompt) + len(output) for prompt, output in own)
+    while length > LEAST:
+        length = max(LEAST, length * 3 // 4)
+        ways.append(([cut(sequence, length) for sequence in two], few))
+    chosen, layers = next((way for way in ways if takes(*way) <= seconds), ways[-1])
+    left = [f"{len(every) - len(chosen)} of {len(every)} sequences"] * (len(chosen) < len(every))
+    reached = max(len(prompt) + len(output) for prompt, output in chosen)
+    left += [f"tokens beyond {reached} of {longest}"] * (reached < longest)
+    return Excerpt(chosen, layers, total, tuple(left))
+
+
+def cut(sequence: tuple[list[int], list[int]], length: int) -> tuple[list[int], list[int]]:
+    """A sequence of at most `length` tokens: its prompt's two ends and its output's beginning."""
+    prompt, output = sequence
+    output = output[: max(1, length // 2)]
+    kept = max(1, length - len(output), length - length // 2) if len(prompt) + len(output) > length else len(prompt)
+    kept = min(kept, max(1, length - length // 2))  # the same for both outputs of a prompt
+    if len(prompt) > kept:
+        prompt = prompt[: kept // 2] + prompt[len(prompt) - (kept - kept // 2) :]
+    return prompt, output
+
+
+def layers_of_each_kind(model) -> int:
+    """How many of the first layers have every kind of layer among them; at least 2.
+
+    Layers are alike that have the same modules, weights' shapes, settings and entry in the config's `layer_types`.
+    """
+    layers = _layers(model)
+    types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or [None] * len(layers)
+    seen, needed = set(), 2
+    for i, (layer, kind) in enumerate(zip(layers, types, strict=False)):
+        found = (kind, *(_settings(name, module) for name, module in layer.named_modules()))
+        if found not in seen:
+            seen.add(found)
+            needed = max(needed, i + 1)
+    return min(needed, len(layers))
+
+
+def _settings(name: str, module: torch.nn.Module) -> tuple:
+    plain = (bool, int, float, str, type(None))
+    number = lambda key, value: type(value) is int and ("idx" in key or key.startswith(("layer", "block")))
+    own = {k: v for k, v in vars(module).items() if isinstance(v, plain) and not number(k, v)}
+    shapes = [(k, tuple(p.shape)) for k, p in module.named_parameters(recurse=False)]
+    return (name, type(module).__name__, repr(sorted(own.items())), repr(shapes))
+
+
+@contextmanager
+def first_layers(model, count: int):
+    """The model with the first `count` of its layers, and its own embeddings, last norm and head."""
+    holder, name = _list_of_layers(model)
+    layers = getattr(holder, name)
+    setattr(holder, name, layers[:count])
+    try:
+        yield
+    finally:
+        setattr(holder, name, layers)
+
+
+def _list_of_layers(model) -> tuple[torch.nn.Module, str] | None:
+    """The module that holds the layers of the decoder, and its name for them; None where they share what they make."""
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder or getattr(config, "num_kv_shared_layers", None):
+        return None
+    for module in model.get_decoder().modules():
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.ModuleList) and len(child) == config.num_hidden_layers > 2:
+                return module, name
+    return None
+
+
+def _layers(model) -> list:
+    found = _list_of_layers(model)
+    return list(getattr(*found)) if found else [model]
+
+
+def _weights(module) -> int:
+    return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+
+def room_for(model, tokens: int, rows: int = 1) -> bool:
+    """Whether eager attention over `rows` rows of so many tokens takes at most a quarter of the memory that is free."""
+    heads = getattr(model.config.get_text_config(decoder=True), "num_attention_heads", None) or 1
+    device = next(model.parameters()).device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return rows * heads * tokens**2 * 12 <= free / 4
