@@ -87,20 +87,24 @@ LEFT_OUT = {
 OTHERS = "not tried: of a family that is in the matrix, or wants a configuration of its own; the self-check decides"
 
 
-def tiny_config(kind: str):
+def tiny_config(kind: str, layers: int = 4):
     cls = CONFIG_MAPPING[kind]
     default = cls()
     settable = lambda key: not isinstance(getattr(cls, key, None), property)
     known = {k: v for k, v in SIZES.items() if settable(k) and getattr(default, k, None) is not None}
     ends = {key: SIZES[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    return cls(**known | ends | DECODERS[kind])
+    own = dict(DECODERS[kind])
+    if layers != 4:  # of four kinds, again and again
+        known["num_hidden_layers"] = layers
+        own |= {"layer_types": own["layer_types"] * (layers // 4)} if "layer_types" in own else {}
+    return cls(**known | ends | own)
 
 
-def save_tiny(kind: str, folder):
+def save_tiny(kind: str, folder, layers: int = 4):
     """A model whose logits have a standard deviation over 1, and no norm, bias or sink at its neutral value."""
     draw = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind))
+    model = AutoModelForCausalLM.from_config(tiny_config(kind, layers))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=draw)
