@@ -42,45 +42,58 @@ def test_the_first_filter_that_fits_counts():
         evaluate(setting[:2], "lm_head.weight", 0)
 
 
-# Public configurations, with other models' names: (mergekit's keys, what they mean here)
-SLERP_FILTERS = [
-    ([0, 0.5, 0.3, 0.7, 1], [1, 0.5, 0.7, 0.3, 0], 0.5),  # the most copied one: NeuralPipe's
-    ([0, 0.7], [0, 1], 0.5),
-    (0.3, 0.7, 0.5),
-    ([0.2, 0.8, 0.6, 0.4], [0.9, 0.1], 0.4),
-    ([1, 0], [0.5, 0.5, 0.5], 1),
-]
-
-
-@pytest.mark.parametrize(("attention", "mlp", "rest"), SLERP_FILTERS)
-def test_slerp_with_filters_in_one_slice(attention, mlp, rest):
-    config = {
-        "slices": [{"sources": [{"model": name, "layer_range": [0, 5]} for name in ("B", "A")]}],
-        "merge_method": "slerp",
-        "base_model": "A",
-        "parameters": {
-            "t": [{"filter": "self_attn", "value": attention}, {"filter": "mlp", "value": mlp}, {"value": rest}]
-        },
-        "dtype": "bfloat16",
-    }
-    settings, notes = read_mergekit(yaml.safe_load(yaml.safe_dump(config)), "f")
-    assert settings["models"] == ["A", "B"] and settings["base"] is None  # the base is where t is 0
-    assert settings["layers"] == 5 and settings["dtype"] == "bfloat16" and notes == []
-    recipe = Recipe("slerp", t=settings["t"])
-    assert check_recipe(recipe, NAMES, 2, False) == []
-    first = attention[0] if isinstance(attention, list) else attention
-    last = mlp[-1] if isinstance(mlp, list) else mlp
-    assert recipe.weights_of("model.layers.0.self_attn.q_proj.weight") == pytest.approx([1 - first, first])
-    assert recipe.weights_of("model.layers.4.mlp.up_proj.weight") == pytest.approx([1 - last, last])
-    assert recipe.weights_of("lm_head.weight")[1] == rest
+# Configurations as public cards and repositories hold them, with other models' names, from 2023 to 2026
 
 
 def model(name, **parameters):
     return {"model": name} | ({"parameters": parameters} if parameters else {})
 
 
-TIES = [  # mergekit's, weights, densities, normalize, dtype
+def sauce(head, embedding, attention, norms, last_norm):
+    """t as a family of early merges has it: each kind of tensor its own, one filter fits none of Llama's."""
+    fitted = [("lm_head", [head]), ("embed_tokens", [embedding]), ("self_attn", attention), ("mlp", attention[::-1])]
+    fitted += [("layernorm", norms), ("modelnorm", [last_norm])]
+    return [*({"filter": name, "value": value} for name, value in fitted), {"value": 0.5}]
+
+
+def by_module(attention, mlp, rest):
+    return [{"filter": "self_attn", "value": attention}, {"filter": "mlp", "value": mlp}, {"value": rest}]
+
+
+SLERP_FILTERS = [  # t; what it is at the first layer's attention, the last one's MLP, the head, and the embedding
     (
+        by_module([0, 0.5, 0.3, 0.7, 1], [1, 0.5, 0.7, 0.3, 0], 0.5),
+        (0, 0, 0.5, 0.5),
+    ),  # NeuralPipe-7B and its many copies
+    (by_module(0.3, 0.7, 0.5), (0.3, 0.7, 0.5, 0.5)),  # a skill file for merging
+    (sauce(0.75, 0.75, [0.75, 0.25], [0.5, 0.5], 0.75), (0.75, 0.75, 0.75, 0.75)),  # Mistral-11B-OmniMix
+    (sauce(0.55, 0.7, [0.65, 0.35], [0.4, 0.6], 0.6), (0.65, 0.65, 0.55, 0.7)),  # Xwin-MLewd, GreenNode-LeoScorpius
+    (sauce(0.5, 0.75, [0.75, 0.25], [0.5, 0.5], 0.5), (0.75, 0.75, 0.5, 0.75)),  # Nyxene-11B
+    (
+        [{"filter": "embed_tokens", "value": 0.7}, {"filter": "lm_head", "value": 0.7}, {"value": 0.5}],
+        (0.5, 0.5, 0.7, 0.7),  # a Japanese recipe for a multilingual model
+    ),
+]
+
+
+@pytest.mark.parametrize(("t", "expected"), SLERP_FILTERS)
+@pytest.mark.parametrize("sliced", [True, False])
+def test_slerp_with_filters(t, expected, sliced):
+    slices = [{"sources": [model(name) | {"layer_range": [0, 5]} for name in "BA"]}]
+    config = {"slices": slices} if sliced else {"models": [model("B"), model("A")]}
+    config |= {"merge_method": "slerp", "base_model": "A", "parameters": {"t": t}, "dtype": "bfloat16"}
+    settings, notes = read_mergekit(yaml.safe_load(yaml.safe_dump(config)), "f")
+    assert settings["models"] == ["A", "B"] and settings["base"] is None  # the base is where t is 0
+    assert settings["layers"] == (5 if sliced else None) and settings["dtype"] == "bfloat16" and notes == []
+    recipe = Recipe("slerp", t=settings["t"])
+    odd = [f"filter {name!r}: no tensor has such a name" for name in ("layernorm", "modelnorm") if len(t) == 7]
+    assert check_recipe(recipe, NAMES, 2, False) == odd
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.4.mlp.up_proj", "lm_head", "model.embed_tokens")
+    assert [recipe.weights_of(f"{name}.weight")[1] for name in names] == pytest.approx(expected)
+
+
+TIES = [  # mergekit's, weights, densities, normalize, dtype
+    (  # mlabonne's introduction to merging; the base is listed without parameters
         {
             "models": [model("C"), model("A", density=0.5, weight=0.5), model("B", density=0.5, weight=0.3)],
             "parameters": {"normalize": True},
@@ -88,15 +101,11 @@ TIES = [  # mergekit's, weights, densities, normalize, dtype
         },
         ([0.5, 0.3], [0.5, 0.5], True, "float16"),
     ),
-    (
-        {
-            "models": [model("A"), model("B")],
-            "parameters": {"weight": 0.5, "density": 0.5, "int8_mask": True},
-            "dtype": "bfloat16",
-        },
+    (  # two models and one setting for both
+        {"models": [model("A"), model("B")], "parameters": {"weight": 0.5, "density": 0.5}, "dtype": "bfloat16"},
         ([0.5, 0.5], [0.5, 0.5], True, "bfloat16"),
     ),
-    (
+    (  # mergekit's own example: gradients, a filter, a mask in 8 bits
         {
             "models": [
                 model("A", density=[1, 0.7, 0.1], weight=1.0),
@@ -113,25 +122,39 @@ TIES = [  # mergekit's, weights, densities, normalize, dtype
             "float16",
         ),
     ),
-    (
-        {"models": [model("A", weight=0.4), model("B", weight=0.3)], "parameters": {"density": 0.6, "lambda": 1.0}},
-        ([0.4, 0.3], [0.6, 0.6], True, None),
-    ),
-    (
+    (  # three experts for a company's assistant: one density for all
         {
-            "slices": [
-                {
-                    "sources": [
-                        model("A", weight=1) | {"layer_range": [0, 5]},
-                        model("B", weight=1, density=0.7) | {"layer_range": [0, 5]},
-                    ]
-                }
-            ],
-            "parameters": {"normalize": False},
+            "models": [model("A", weight=0.4), model("B", weight=0.3), model("D", weight=0.3)],
+            "parameters": {"density": 0.5, "normalize": True},
+            "dtype": "bfloat16",
+        },
+        ([0.4, 0.3, 0.3], [0.5, 0.5, 0.5], True, "bfloat16"),
+    ),
+    (  # the base listed with a weight and a density of its own, which do nothing
+        {
+            "models": [model("C", density=1.0, weight=1.0), model("A", density=0.5, weight=0.5)]
+            + [model("B", density=0.5, weight=0.3)],
+            "parameters": {"normalize": True},
+            "dtype": "bfloat16",
+        },
+        ([0.5, 0.3], [0.5, 0.5], True, "bfloat16"),
+    ),
+    (  # adapters' outputs in one slice, settings of both at the end
+        {
+            "slices": [{"sources": [model(name) | {"layer_range": [0, 5]} for name in "AB"]}],
+            "parameters": {"weight": 0.5, "density": 0.5},
+            "dtype": "float16",
+        },
+        ([0.5, 0.5], [0.5, 0.5], True, "float16"),
+    ),
+    (  # as mergekit writes a configuration itself: switches as numbers
+        {
+            "models": [model("A", density=0.9, weight=0.6), model("B", density=0.7, weight=0.4)],
+            "parameters": {"normalize": 0.0, "int8_mask": 1.0},
             "out_dtype": "bfloat16",
             "dtype": "float32",
         },
-        ([1, 1], [1.0, 0.7], False, "bfloat16"),
+        ([0.6, 0.4], [0.9, 0.7], False, "bfloat16"),
     ),
 ]
 
@@ -139,7 +162,9 @@ TIES = [  # mergekit's, weights, densities, normalize, dtype
 @pytest.mark.parametrize(("config", "meaning"), TIES)
 @pytest.mark.parametrize("method", ["ties", "dare_ties"])
 def test_ties(config, meaning, method):
-    settings, _ = read_mergekit(config | {"merge_method": method, "base_model": "C"}, "f")
+    settings, _ = read_mergekit(
+        yaml.safe_load(yaml.safe_dump(config | {"merge_method": method, "base_model": "C"})), "f"
+    )
     weights, densities, normalize, dtype = meaning
     assert (settings["weights"], settings["density"], settings["dtype"]) == (weights, densities, dtype)
     assert settings["models"][:2] == ["A", "B"] and settings["base"] == "C"
@@ -150,11 +175,15 @@ def test_ties(config, meaning, method):
 
 
 LINEAR = [
-    ([("A", 0.3), ("B", 0.5), ("D", 0.2)], {"dtype": "float16"}, "float16"),
-    ([("A", 1.0), ("B", 1.0), ("D", 1.0)], {"dtype": "float16"}, "float16"),
-    ([("A", 1.0), ("B", 0.5)], {"dtype": "float16", "base_model": "A"}, "float16"),
-    ([(x, i) for i, x in enumerate("ABDEF", 1)], {"dtype": "float32", "out_dtype": "bfloat16"}, "bfloat16"),
-    ([("A", [0.0, 1.0]), ("B", [1.0, 0.0])], {}, None),
+    ([("A", 0.3), ("B", 0.5), ("D", 0.2)], {"dtype": "float16"}, "float16"),  # Tiefighter, Noromaid, Vicuna
+    ([("A", 1.0), ("B", 1.0), ("D", 1.0)], {"dtype": "float16"}, "float16"),  # three Llama 3 chats
+    ([("A", 1.0), ("B", 0.5)], {"base_model": "A"}, None),  # Llama 2 and Code Llama; the base is one of the two
+    (  # five checkpoints of one run, the later the more
+        [(name, weight) for weight, name in enumerate("ABDEF", 1)],
+        {"base_model": "F", "parameters": {"normalize": True}, "dtype": "float32", "out_dtype": "bfloat16"},
+        "bfloat16",
+    ),
+    ([("A", 0.5), ("B", 0.5)], {"dtype": "bfloat16"}, "bfloat16"),  # a Galician Llama and a fine-tuned one
 ]
 
 
@@ -168,11 +197,17 @@ def test_linear(models, more, dtype):
 
 
 ARITHMETIC = [
-    ([("A", 1.0), ("B", 1.0)], {}, False),
-    ([("C", None), ("A", 1.0), ("B", 0.01), ("D", 0.02)], {"dtype": "float16"}, False),
-    ([("A", 0.5), ("B", 0.3), ("D", 0.2)], {"dtype": "bfloat16"}, False),
-    ([("A", 0.6), ("B", 0.4)], {"parameters": {"normalize": False, "lambda": 0.8}}, False),
-    ([("A", 1.0), ("B", 0.25)], {"parameters": {"normalize": True}}, True),
+    ([("A", 1.0), ("B", 1.0)], {"dtype": "bfloat16"}, False),  # TAIDE and Llama 2 chat
+    ([("C", None), ("A", 1.0), ("B", 0.01), ("D", 0.02)], {"dtype": "float16"}, False),  # Tiefighter, a bit of others
+    ([("C", None), ("A", 1.0), ("B", 0.25)], {"dtype": "float16"}, False),  # Echidna-Tiefighter
+    ([("A", 0.5), ("B", 0.3), ("D", 0.2)], {"dtype": "bfloat16"}, False),  # mathematics, chat, code
+    ([("A", 0.6), ("B", 0.4)], {"dtype": "bfloat16"}, False),  # mathematics and code of Mixtral
+    (  # four coders on a base of long context
+        [("A", 1), ("B", 0.5), ("D", 0.5), ("E", 0.5)],
+        {"parameters": {"normalize": True, "int8_mask": True}, "dtype": "float16"},
+        True,
+    ),
+    ([("A", 1.0), ("B", 0.3)], {"parameters": {"normalize": False}, "dtype": "bfloat16"}, False),  # ThaiLLM's
 ]
 
 
@@ -195,18 +230,27 @@ def test_the_bases_own_weight_is_said_to_do_nothing():
 
 
 SLERP = {"merge_method": "slerp", "base_model": "A", "models": [model("A"), model("B")], "parameters": {"t": 0.5}}
+TIED = {"merge_method": "ties", "base_model": "C", "models": [model("A", weight=1), model("B", weight=1)]}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer_source": "union"}, "f: tokenizer_source is not supported; tokenizers are compared here"),
+        ({"tokenizer_source": "union"}, "f: tokenizer_source is not supported; tokenizers are compared here"),  # SOLAR
+        ({"tokenizer": {"source": "A"}}, "f: tokenizer is not supported; tokenizers are compared here"),  # ThaiLLM
         ({"chat_template": "auto"}, "f: chat_template is not supported"),
+        ({"name": "first-merge"}, "f: name is not supported"),  # of mergekit-multi
         ({"modules": {}}, "f: modules is not supported"),
         ({"merge_method": "passthrough"}, "merge_method 'passthrough' is not supported, only ties, slerp"),
         ({"merge_method": "della"}, "merge_method 'della' is not supported"),
         ({"parameters": {"t": 0.5, "weight": 1}}, "parameters: weight has no meaning for slerp here"),
         ({"parameters": {}}, "parameters: t is missing"),
+        ({"parameters": {"t": 0.5, "dare": {"drop_rate": 0.9}}}, "parameters: dare has no meaning for slerp here"),
+        (TIED | {"parameters": {"normalize": [0, 1]}}, r"parameters: normalize is true or false here, not \[0, 1\]"),
+        (TIED | {"parameters": {"normalize": "no"}}, "parameters: normalize is true or false here, not 'no'"),
+        (TIED | {"parameters": {"lambda": [0.5, 1]}}, r"parameters: lambda is one number here, not \[0.5, 1.0\]"),
+        (TIED | {"parameters": {"lambda": "x"}}, "parameters: lambda takes finite numbers, not 'x'"),
+        (TIED | {"merge_method": "dare_ties", "parameters": {"rescale": 0.0}}, "rescale can't be switched off here"),
         ({"parameters": [1]}, "parameters is a mapping, not"),
         ({"models": [model("A"), model("B"), model("D")]}, "slerp takes base_model, the one at t = 0, and one other"),
         ({"models": [model("B"), model("D")]}, "slerp takes base_model"),
@@ -235,7 +279,7 @@ def test_parts_of_the_layers_are_refused():
 
 
 def test_weights_are_numbers():
-    with pytest.raises(ValueError, match="--weights: weights must be finite numbers, not 'x'"):
+    with pytest.raises(ValueError, match="--weights takes finite numbers, not 'x'"):
         check_recipe(Recipe("linear", ["x", 1]), NAMES, 2, False)
     with pytest.raises(ValueError, match="--weights: {'filtre': 'mlp', 'value': 1} is no"):
         check_recipe(Recipe("linear", [[{"filtre": "mlp", "value": 1}], 1]), NAMES, 2, False)

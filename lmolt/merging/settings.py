@@ -102,7 +102,7 @@ def check_setting(what: str, setting: object, low: float | None = None, high: fl
     except ValueError:
         number = None
     if number is None or not math.isfinite(number):
-        raise ValueError(f"{what}: weights must be finite numbers, not {setting!r}")
+        raise ValueError(f"{what} takes finite numbers, not {setting!r}")
     if (low is not None and number <= low) or (high is not None and number > high):
         raise ValueError(f"{what} must lie in ({low:g}, {high:g}], not {number:g}")
     return number
@@ -211,9 +211,16 @@ def read_mergekit(config: dict, file: object) -> tuple[dict, list[str]]:
     allowed = takes.get(method, {"weight", "density", "normalize", "lambda", "rescale"}) | {"int8_mask"}
     if odd := sorted(common.keys() - allowed):
         raise ValueError(f"{file}: parameters: {odd[0]} has no meaning for {method} here")
-    if common.get("rescale") is False or common.get("nuslerp_flatten") is False:
-        raise ValueError(f"{file}: parameters: rescale and nuslerp_flatten can't be switched off here")
-    result: dict = {"method": method, "normalize": common.get("normalize"), "lambda": common.get("lambda", 1.0)}
+    for key in ("normalize", "rescale", "nuslerp_flatten"):
+        if common.get(key) not in (None, True, False):  # 1.0 and 0.0 too, as mergekit writes them
+            raise ValueError(f"{file}: parameters: {key} is true or false here, not {common[key]!r}")
+        if key != "normalize" and common.get(key) not in (None, True):
+            raise ValueError(f"{file}: parameters: {key} can't be switched off here")
+    normalize = common.get("normalize")
+    scale = check_setting(f"{file}: parameters: lambda", common.get("lambda", 1.0))
+    if isinstance(scale, list):
+        raise ValueError(f"{file}: parameters: lambda is one number here, not {scale}")
+    result: dict = {"method": method, "normalize": normalize if normalize is None else bool(normalize), "lambda": scale}
     if method == "slerp":
         if base not in models:
             models = [base, *models]
