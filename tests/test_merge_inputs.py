@@ -102,6 +102,24 @@ def test_one_reading_or_two_of_files_in_another_order(ab, tmp_path, method):
         read_inputs([Checkpoint(a), Checkpoint(b)], base and Checkpoint(b), recipe, "BF16", counted.append)
 
 
+def test_a_tensor_in_two_shards(merge, ab, tmp_path, capsys):
+    """Equal: read once, and said. Another: which of them a loader takes is nobody's promise."""
+    a, b = ab
+    model = AutoModelForCausalLM.from_pretrained(a, dtype="auto")
+    model.save_pretrained(tmp_path / "S", max_shard_size="100KB")
+    first, *_, last = sorted((tmp_path / "S").glob("*.safetensors"))
+    name, value = next(iter(load_file(first).items()))
+    save_file(load_file(last) | {name: value}, last, {"format": "pt"})
+    merge(*SLERP, "--models", tmp_path / "S", b, "--output", tmp_path / "O")
+    merge(*SLERP, "--models", a, b, "--output", tmp_path / "P")
+    assert f"{name} is in {first.name} and in {last.name}; it is read once" in capsys.readouterr().out
+    one, two = ({n: x for f in (tmp_path / o).glob("*.safetensors") for n, x in load_file(f).items()} for o in "OP")
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+    save_file(load_file(last) | {name: value + 1}, last, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} is in {first.name} and in {last.name}, with other values"):
+        merge(*SLERP, "--models", tmp_path / "S", b, "--output", tmp_path / "Q")
+
+
 def test_buffers_are_copied_from_the_first_model(merge, ab, tmp_path):
     """What nothing loads, and what isn't a float: in one model only, of other values, of another type, infinite."""
     a, b = ab
@@ -189,11 +207,15 @@ def test_harmless_differences_are_said(merge, ab, tmp_path, capsys):
     configure(
         ab[1], max_position_embeddings=4096, attention_dropout=0.1, transformers_version="4.40.0", dtype="float32"
     )
-    (ab[0] / "chat_template.jinja").write_text("one")
-    (ab[1] / "chat_template.jinja").write_text("two")
+    configure(ab[1], architectures=["LlamaForSequenceClassification"])
+    for folder, word, heat in zip(ab, ("one", "two"), (0.2, 0.7), strict=True):
+        (folder / "chat_template.jinja").write_text(word)
+        values = {"temperature": heat, "transformers_version": word}
+        (folder / "generation_config.json").write_text(json.dumps(values))
     merge(*SLERP, "--models", *ab, "--output", tmp_path / "O")
     out = capsys.readouterr().out
     assert "max_position_embeddings is 1024 in" in out and "different chat templates" in out
+    assert "architectures is ['LlamaForCausalLM'] in" in out and "generation_config.json differ in temperature" in out
     assert "dropout" not in out and "transformers_version" not in out
 
 

@@ -340,6 +340,15 @@ def test_verify_sees_a_flipped_byte(merge, abc, tmp_path, capsys):
         merge("--verify", tmp_path / "O")
 
 
+def test_verify_where_large_terms_cancel(merge, abc, tmp_path, capsys):
+    """b + 0.05 (0 - b) / 0.05 is 0 but for the last bits of b, which are no units of 0."""
+    a, zeros = abc[0], tmp_path / "Z"
+    shutil.copytree(a, zeros)
+    rewrite(zeros, lambda tensors: [tensor.zero_() for tensor in tensors.values()])
+    merge(*TIES, "--density", 1, "--models", a, zeros, "--base", a, "--output", tmp_path / "O", "--verify")
+    assert "at most 0.0000% of a tensor's values off the formula" in capsys.readouterr().out
+
+
 def test_verify_works_tensors_out_again(merge, abc, tmp_path):
     merge(*SLERP, "--models", *abc[:2], "--output", tmp_path / "O")
     rewrite(abc[0], lambda tensors: [tensor.mul_(1.5) for tensor in tensors.values()])

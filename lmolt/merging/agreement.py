@@ -2,6 +2,7 @@
 
 import re
 
+from lmolt.files import read_json
 from lmolt.merging.beside import compare_tokenizers
 from lmolt.merging.checkpoints import Checkpoint
 
@@ -11,7 +12,7 @@ def check_checkpoints(checkpoints: list[Checkpoint], dtype: str | None) -> tuple
     first, notes = checkpoints[0], [note for checkpoint in checkpoints for note in checkpoint.notes]
     for other in checkpoints[1:]:
         if first.config.get("model_type") != other.config.get("model_type"):
-            kinds = first.config.get("model_type"), other.config.get("model_type")
+            kinds = [source.config.get("model_type") or "model of no model_type" for source in (first, other)]
             raise ValueError(f"{first.folder} is a {kinds[0]}, {other.folder} a {kinds[1]}; merge models of one kind")
         odd = sorted(set(first.entries) ^ set(other.entries))
         if first.tied != other.tied or odd == ["lm_head.weight"]:
@@ -45,11 +46,13 @@ def check_checkpoints(checkpoints: list[Checkpoint], dtype: str | None) -> tuple
 
 # config.json's keys that change nothing about what equal tensors mean, and those that change it a little
 SILENT = re.compile(
-    r"^_|architectures|dtype|transformers_version|use_cache|tie_word_embeddings|quantization|pretraining_tp|dropout|pdrop"
+    r"^_|dtype|transformers_version|use_cache|tie_word_embeddings|quantization|pretraining_tp|dropout|pdrop"
     r"|initializer|init_std|^id2label|^label2id|problem_type|auto_map|output_(attentions|hidden|router)|return_dict"
     r"|task_specific|gradient_checkpointing|vocab_size|unsloth|is_encoder_decoder|_name$|router_aux|classifier"
 )
-HARMLESS = re.compile(r"max_position|max_length|n_positions|n_ctx|token_id|model_max|use_flash|attn_impl|chunk_size")
+HARMLESS = re.compile(
+    r"architectures|max_position|max_length|n_positions|n_ctx|token_id|model_max|use_flash|attn_impl|chunk_size"
+)
 
 
 def meaning(config: dict) -> dict:
@@ -86,4 +89,9 @@ def compare_configs(first: Checkpoint, other: Checkpoint) -> list[str]:
     )
     if lone:
         notes.append(f"config.json: only one of {first.folder} and {other.folder} says {', '.join(lone)}")
+    files = [source.folder / "generation_config.json" for source in (first, other)]
+    if all(file.is_file() for file in files):
+        one, two = (meaning(read_json(file)) for file in files)
+        if odd := sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key)):
+            notes.append(f"{files[0]} and {files[1]} differ in {', '.join(odd)}; the output has the first's")
     return notes

@@ -95,7 +95,11 @@ class Checkpoint:
         self.config = read_json(config)
         self.text_config = self.config.get("text_config") if isinstance(self.config.get("text_config"), dict) else {}
         stored = {path.name: read_header(path) for path in paths}
-        everything = {entry.name: entry for entries in stored.values() for entry in entries}
+        everything: dict[str, Entry] = {}
+        for entry in (entry for entries in stored.values() for entry in entries):
+            if entry.name in everything:
+                self._check_twice(everything[entry.name], entry)
+            everything[entry.name] = entry
         if weight_map and (odd := set(weight_map) ^ set(everything)):
             index = self.folder / "model.safetensors.index.json"
             raise ValueError(f"{index}: does not agree with its shards about {sorted(odd)[:3]} ({len(odd)} tensors)")
@@ -133,9 +137,24 @@ class Checkpoint:
                 raise FileNotFoundError(f"{path}: there is no such file; its index names it; download it again")
         return paths, weight_map
 
+    def _check_twice(self, one: Entry, other: Entry) -> None:
+        """A note on a tensor that two shards hold; `ValueError` where they differ: loaders take one or the other."""
+        what = f"{one.name} is in {one.file.name} and in {other.file.name}"
+        same = one.shape == other.shape and one.dtype == other.dtype
+        if not (
+            same and all(np.array_equal(x, y) for x, y in zip(entry_values(one), entry_values(other), strict=True))
+        ):
+            raise ValueError(f"{self.folder}: {what}, with other values; download or save the model again")
+        self.notes.append(f"{self.folder}: {what}; it is read once")
+
     def _remedy(self) -> str:
         if (self.folder / "adapter_config.json").is_file():
             return f"that is an adapter, so fold it into its base first: merge.py --models BASE --adapter {self.folder}"
+        if pickled := sorted(file.name for file in self.folder.glob("pytorch_model*.bin")):
+            return (
+                f"{pickled[0]} is a pickle, and isn't read: load the model with transformers and save_pretrained it, "
+                "which writes safetensors, and name that folder"
+            )
         return "merging takes safetensors: load the model with transformers and save_pretrained it, which writes them"
 
     def _is_buffer(self, entry: Entry) -> bool:

@@ -12,6 +12,8 @@ from lmolt.card import as_table, front_matter, usage
 from lmolt.merging.checkpoints import Checkpoint
 from lmolt.merging.methods import cosines, effective_weights
 
+ALIKE = "one equals what deltas are taken from, or two differ from it in one direction"
+
 
 def summarise(records: list[dict], dtype: str, origin: str | None) -> dict:
     """Totals and per-tensor figures of a merge; `records` are merge_tensor's and copy_tensor's (see there).
@@ -111,7 +113,7 @@ def warnings(lineage: dict) -> list[str]:
     total, said = lineage["total"], []
     asked, stored = total["asked_weights"], total["effective_weights"]
     if stored is None:
-        return ["the models don't differ: nothing tells their weights apart"]
+        return [f"nothing tells the models' weights apart: {ALIKE}"]
     off = lambda one, other: any(abs(x - y) > 0.1 * abs(y) + 1e-6 for x, y in zip(one, other, strict=True))
     exact = total.get("unrounded_weights") or asked
     if off(exact, asked):
@@ -152,7 +154,7 @@ def table(lineage: dict) -> str:
         rows["weights asked for"] = ratio(total["asked_weights"])
         if total.get("unrounded_weights"):
             rows["before rounding"] = ratio(total["unrounded_weights"])
-        rows[f"effective weights ({total['fitted_as']})"] = ratio(stored) if stored else "the models don't differ"
+        rows[f"effective weights ({total['fitted_as']})"] = ratio(stored) if stored else ALIKE
         rows["values equal to the first model's, bit for bit"] = f"{total['equal_to_first']:.1%}"
         of = "deltas from the base" if lineage["arguments"]["base"] else "models"
         rows[f"cosine between the {of}"] = ", ".join(f"{cosine:.4f}" for cosine in total["cosines"])
