@@ -54,6 +54,8 @@ def run_main(main: Callable[[list[str]], object], kept: str = "the same command 
         if isinstance(error, BrokenPipeError) and _reader_is_gone(sys.stdout):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
             sys.exit(141)
+        for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", [])):
+            bar.close()  # so that the error stands on a line of its own
         if not first:
             time.sleep(5)  # by then the launcher has ended this process too, unless the first one has no such error
         if os.environ.get("LMOLT_DEBUG", "0") not in ("", "0"):
