@@ -125,6 +125,26 @@ def test_what_unpacks_to_more_than_a_table_is_refused(kind, tmp_path, monkeypatc
         read_table(path)
 
 
+def test_a_user_without_a_home_directory(tmp_path):
+    """As in a container that runs with any user id."""
+    code = (
+        "from types import SimpleNamespace; from pathlib import Path; import sys\n"
+        "from lmolt import files; from lmolt.metrics import meteor; from lmolt.merging import provenance\n"
+        "meteor._nltk_folders(), provenance.known_base([SimpleNamespace(folder=Path(sys.argv[1]))])\n"
+        "print(files.cache_folder())"
+    )
+    homeless = ["unshare", "--map-user=54321", "env", "-u", "HOME"]
+    if subprocess.run([*homeless, "true"], capture_output=True).returncode:
+        pytest.skip("needs user namespaces")
+    run = lambda *more: subprocess.run(
+        [*homeless, *more, sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True
+    )
+    (tmp_path / "README.md").write_text("---\nbase_model: owner/name\n---\n")
+    tmp_path.chmod(0o755)
+    assert run("LMOLT_CACHE=/c").stdout == b"/c\n"
+    assert b"this user has no home directory; set LMOLT_CACHE" in run("-u", "LMOLT_CACHE").stderr
+
+
 def test_windows_is_told_in_one_line():
     """Simulated: without what Windows lacks, all of lmolt but the supervisor is imported, and a command says it."""
     code = """

@@ -78,7 +78,8 @@ def known_base(models: list[Checkpoint]) -> tuple[str | None, Checkpoint | None]
         return None, None
     (name,) = names
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub")
-    folders = [Path(name), *(cache.expanduser() / f"models--{name.replace('/', '--')}" / "snapshots").glob("*")]
+    cache = Path(os.path.expanduser(cache))  # noqa: PTH111 - pathlib's raises where there is no home
+    folders = [Path(name), *(cache / f"models--{name.replace('/', '--')}" / "snapshots").glob("*")]
     for folder in folders:
         try:
             base = Checkpoint(folder)

@@ -108,7 +108,7 @@ class WordNet:
 def _nltk_folders() -> list[str]:
     """Where NLTK looks for its data, in its order (without importing NLTK, which takes a second)."""
     folders = [f for f in os.environ.get("NLTK_DATA", "").split(os.pathsep) if f]
-    folders += [str(Path.home() / "nltk_data")]
+    folders += [os.path.expanduser("~/nltk_data")]  # noqa: PTH111 - pathlib's raises where there is no home
     folders += [f"{sys.prefix}/{part}nltk_data" for part in ("", "share/", "lib/")]
     return folders + [f"/usr/{part}nltk_data" for part in ("share/", "local/share/", "lib/", "local/lib/")]
 
