@@ -26,7 +26,7 @@ from lmolt.files import write_table
 ROOT = Path(__file__).resolve().parents[1]
 TRIALS = int(os.environ.get("LMOLT_KILLS", "3"))
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-TIMES = ("created", "efficiency", "train_loss", "total_flos", "scored_tokens", "padding", "peak_memory")
+TIMES = ("created", "efficiency", "train_loss", "total_flos", "scored_tokens", "padding", "peak_memory_gib")
 TIMES += ("_runtime", "_per_second", "seconds")  # and what ends so
 STAGES = ["pairs and stand-in models", "triples", "CPO", "SLERP 19:1", "SLERP + CPO"]
 STAGES += ["evaluate start", "evaluate cpo", "evaluate slerp_cpo", "report"]
@@ -66,8 +66,12 @@ def content(folder: Path) -> dict[str, object]:
         name = str(path.relative_to(folder))
         if "checkpoint-" in name or "efficiency" in path.name:
             continue
-        if path.suffix in (".safetensors", ".parquet", ".jsonl", ".csv", ".tex") or path.name == "adapter_config.json":
-            found[name] = path.read_bytes() if path.name != ".lmolt.jsonl" else sorted(path.read_text().split("\n"))
+        if path.name == ".lmolt.jsonl" or path.parent.name == "journal":
+            found[name] = sorted(filter(None, path.read_text().split("\n")))
+        elif (
+            path.suffix in (".safetensors", ".parquet", ".jsonl", ".csv", ".tex") or path.name == "adapter_config.json"
+        ):
+            found[name] = path.read_bytes()
         elif path.suffix == ".json":
             found[name] = _timeless(json.loads(path.read_text()))
         else:
