@@ -19,7 +19,9 @@ def front_matter(tags: list[str], parents: list[str], **metadata) -> str:
     return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def usage(name: str, *, base: str = "", seq2seq: bool = False, trust_remote_code: bool = False) -> str:
+def usage(
+    name: str, *, base: str = "", seq2seq: bool = False, trust_remote_code: bool = False, style: str = "paper"
+) -> str:
     """Python that loads the model `name`, or the adapter of that name on `base`, and translates an example in each
     direction, as a card shows it: by plain transformers, and what LMolT's own `Translator` does beyond."""
     package, loader = "transformers", f"AutoModelFor{'Seq2SeqLM' if seq2seq else 'CausalLM'}"
@@ -39,7 +41,7 @@ def usage(name: str, *, base: str = "", seq2seq: bool = False, trust_remote_code
         rest = "output[0]"
     else:
         for direction, example in EXAMPLES.items():
-            lines += ["", f'{direction} = """{build_prompt(direction, example)}"""']
+            lines += ["", f'{direction} = """{build_prompt(direction, example, style)}"""']
         lines += [
             "",
             f"ids = tokenizer({MOL2CAP}, add_special_tokens=False).input_ids  # or {CAP2MOL}",
@@ -114,7 +116,7 @@ def write_card(folder: Path, output_dir: Path, run: dict) -> None:
 A LoRA adapter that translates between molecules (SMILES) and captions, both ways, aligned with LMolT
 (Gkoumas & Liakata, "Feedback-aligned Mixed LLMs for Machine Language-Molecule Translation").
 
-{warning}{usage(name, base=base, trust_remote_code=arguments["trust_remote_code"])}
+{warning}{usage(name, base=base, trust_remote_code=arguments["trust_remote_code"], style=arguments["prompt_style"])}
 {as_table(rows)}
 
 All arguments are in `run.json`, the cost in `efficiency.json`, the log in `trainer_state.json`.

@@ -51,9 +51,9 @@ STYLES["chem_llm"] = {
 
 CHAT = "<|im_start|>"  # a template that begins with it is written in special tokens
 
-# Models that were tuned on prompt and output as one text, and the end of that prompt. Behind it SentencePiece's Llama
-# writes an output's first word without the blank that it has alone: `:` `CC` and not `:` `▁CC`. Their prompts are
-# encoded as ever: prompt ids are the same in both.
+# Styles of models that were tuned on prompt and output as one text, and the end of that prompt. Behind it
+# SentencePiece's Llama writes an output's first word without the blank that it has alone: `:` `CC` and not `:` `▁CC`.
+# Their prompts are encoded as ever: prompt ids are the same in both.
 JOINED = {"meditron": "### Response:"}
 
 
@@ -76,17 +76,16 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
 
 
-def encode_output(tokenizer, output: str, style: str = "paper") -> list[int]:
+def encode_output(tokenizer, output: str, prompt: str = "") -> list[int]:
     """Token ids of an output with exactly one EOS at its end. The EOS is scored like any other token.
 
-    In a style of `JOINED` the output's first token is the one it has behind the prompt's last line in one text.
+    Behind a `prompt` of a style of `JOINED` its first token is the one it has behind that prompt in one text.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token; set `eos_token` in its tokenizer_config.json")
     ids = _encode_text(tokenizer, output)
-    if style in JOINED:
-        before = _encode_text(tokenizer, JOINED[style])
-        joined = _encode_text(tokenizer, JOINED[style] + output)
+    if end := next((end for end in JOINED.values() if prompt.endswith(end)), None):
+        before, joined = _encode_text(tokenizer, end), _encode_text(tokenizer, end + output)
         if joined[: len(before)] == before:  # else a merge crosses the boundary, and there is no such first token
             ids = joined[len(before) :]
     return [*ids, tokenizer.eos_token_id]

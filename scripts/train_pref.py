@@ -40,7 +40,8 @@ from lmolt.distributed.preemption import PreemptionCallback
 from lmolt.files import SHIPPED, run_main, sha256_file, versions
 from lmolt.models import loading
 from lmolt.models.adapters import check_made_for
-from lmolt.prompts import COLUMNS
+from lmolt.models.tokenizers import check_texts
+from lmolt.prompts import COLUMNS, build_prompt
 from lmolt.recipes import apply_recipe, describe_unknown
 from lmolt.training import batches, checkpoints, identity
 from lmolt.training.arguments import PreferenceArguments
@@ -173,7 +174,12 @@ def read_examples(args: PreferenceArguments, tokenizer) -> tuple[list, list, Cou
         train, held_out = split_by_source(train, args.eval_fraction)
     reads = LOSSES[args.loss].reads
     encode = lambda rows: batches.encode_triples(
-        rows, tokenizer, args.max_length, args.max_length_policy, with_rejected="rejected" in reads
+        rows,
+        tokenizer,
+        args.max_length,
+        args.max_length_policy,
+        with_rejected="rejected" in reads,
+        style=args.prompt_style,
     )
     shared = {t["source"] for t in train} & {t["source"] for t in held_out}
     if shared:
@@ -197,15 +203,23 @@ def count(examples: list) -> dict[str, int]:
     return dict(sorted(Counter(example.direction for example in examples).items()))
 
 
-def check_examples(args: PreferenceArguments, train: list, held_out: list) -> None:
-    """`ValueError` where the model can't take the rows, or what decides the best checkpoint is not among them."""
+def check_examples(args: PreferenceArguments, tokenizer, train: list, held_out: list) -> None:
+    """`ValueError` where the model can't take the rows, or what decides the best checkpoint is not among them; said:
+    texts that the tokenizer can't write."""
     rows = [(e.prompt, output) for e in train + held_out for output in (e.chosen, e.rejected, e.mismatched)]
+    config = loading.read_config(args.model, args.revision, args.trust_remote_code)
     loading.check_sizes(
         args.model,
-        loading.read_config(args.model, args.revision, args.trust_remote_code),
+        config,
         largest_id=max(max(part, default=0) for row in rows for part in row),
         longest=max(len(prompt) + len(output) for prompt, output in rows),
     )
+    every = train + held_out
+    prompts = [(build_prompt(e.direction, e.source, args.prompt_style), e.prompt) for e in every]
+    outputs = {"preferred outputs": [(e.target, e.chosen[:-1]) for e in every]}  # but for the EOS
+    outputs["dis-preferred outputs"] = [(None, e.rejected[:-1]) for e in every if e.rejected]
+    for what, texts in ({"prompts": prompts} | outputs).items():
+        check_texts(tokenizer, config, what, texts, loading.say)
     if held_out and args.metric_for_best_model:
         directions = sorted(count(held_out))
         best_is_greater(args.metric_for_best_model, LOSSES[args.loss], bool(args.eval_translations), directions)
@@ -284,7 +298,7 @@ def main(argv: list[str]) -> None:
         strategy.first_decides(lambda: check_made_for(args.adapter, args.model, args.revision))
     tokenizer = loading.load_tokenizer(args.model, args.revision, args.trust_remote_code)
     train, held_out, dropped = read_examples(args, tokenizer)
-    check_examples(args, train, held_out)
+    check_examples(args, tokenizer, train, held_out)
     say(f"reads {data}: {count(train)} to train on, {count(held_out)} held out, {dict(dropped) or 0} dropped")
     if not held_out:
         args.eval_strategy, args.load_best_model_at_end, args.early_stopping_patience = "no", False, None

@@ -5,11 +5,14 @@ import json
 
 import pytest
 import sentencepiece
-from transformers import AutoTokenizer, LlamaConfig, T5Config
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config
 
+from lmolt.generation.ranking import score
 from lmolt.models.loading import load_tokenizer
 from lmolt.models.tokenizers import Reader, check_texts, tokenizer_identity
 from lmolt.prompts import MOL2CAP, build_prompt, encode_output, encode_prompt, encode_source
+from lmolt.training.batches import encode_triples
 
 LINES = [
     build_prompt(MOL2CAP, "CC(=O)Nc1ccc(O)cc1"),
@@ -99,11 +102,24 @@ def test_what_reads_like_a_special_token_is_text_and_there_is_one_eos(llama, t5)
 def test_a_jointly_tuned_style_writes_the_first_token_without_its_blank(llama):
     tokenizer = load_tokenizer(str(llama))
     word = lambda ids: tokenizer.convert_ids_to_tokens(ids[0])
-    apart, joined = encode_output(tokenizer, "CC CCC"), encode_output(tokenizer, "CC CCC", "meditron")
-    assert word(apart).startswith("▁") and not word(joined).startswith("▁")
     prompt = build_prompt(MOL2CAP, "CCO", "meditron")
+    apart, joined = encode_output(tokenizer, "CC CCC"), encode_output(tokenizer, "CC CCC", prompt)
+    assert word(apart).startswith("▁") and not word(joined).startswith("▁")
+    assert encode_output(tokenizer, "CC CCC", build_prompt(MOL2CAP, "CCO")) == apart
     whole = encode_prompt(tokenizer, prompt + "CC CCC") + [tokenizer.eos_token_id]
     assert encode_prompt(tokenizer, prompt) + joined == whole != encode_prompt(tokenizer, prompt) + apart
+
+    triple = {"id": "a", "direction": MOL2CAP, "source": "CCO", "chosen": "CC CCC", "rejected": "CCCC"}
+    (trained,), _ = encode_triples([triple], tokenizer, 2000, "error", style="meditron")
+    assert [*trained.prompt, *trained.chosen] == whole
+    assert [*trained.prompt, *trained.rejected] == encode_prompt(tokenizer, prompt + "CCCC") + [2]
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2)).eval()  # fmt: skip
+    (ranked,) = score(model, tokenizer, [(prompt, "CC CCC")])
+    with torch.no_grad():
+        logps = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    expected = sum(logps[at - 1, whole[at]] for at in range(len(whole) - len(joined), len(whole)))
+    assert ranked.tokens == len(joined) and abs(ranked.logp - expected.item()) < 1e-4
 
 
 def test_an_eos_that_only_the_config_names_ends_outputs(llama, tmp_path, capsys):

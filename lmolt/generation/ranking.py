@@ -59,7 +59,7 @@ def score(
     seq2seq = model.config.is_encoder_decoder
     encode = (lambda prompt: tokenizer(prompt)["input_ids"]) if seq2seq else (lambda p: encode_prompt(tokenizer, p))
     prompts = {prompt: encode(prompt) for prompt in dict.fromkeys(prompt for prompt, _ in distinct)}
-    rows = {pair: (prompts[pair[0]], encode_output(tokenizer, pair[1])) for pair in distinct}
+    rows = {pair: (prompts[pair[0]], encode_output(tokenizer, pair[1], pair[0])) for pair in distinct}
     limit = None if seq2seq else getattr(model.config, "max_position_embeddings", None)
     over = {pair for pair, row in rows.items() if limit is not None and sum(map(len, row)) > limit}
     scores = {pair: Score(float("nan"), len(rows[pair][1])) for pair in over}

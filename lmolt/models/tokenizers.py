@@ -49,13 +49,13 @@ def check_texts(tokenizer, config, what: str, texts: Iterable[tuple[str | None, 
     sample = known[:: max(1, len(known) // SAMPLE)]
     changed, emptied = [], 0
     for text, ids in sample:
-        back = _letters(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        back = _letters(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
         emptied += 2 * len(back) < len(_letters(text))
         if back != _letters(text) and tokenizer.unk_token_id not in ids:
             changed.append((text, back))
     if sample and (emptied == len(sample) or len(changed) == len(sample)):
         text, ids = sample[0]
-        back = tokenizer.decode(ids, skip_special_tokens=True)
+        back = tokenizer.decode(list(ids), skip_special_tokens=True)
         raise ValueError(
             f"{what}: no text comes back from the tokenizer as it went in, such as {text[-60:]!r} as {back[-60:]!r}; "
             "its files are missing or another model's"

@@ -13,6 +13,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_torch_npu_available, is_torch_xpu_available
 
+from lmolt.prompts import STYLES
 from lmolt.training.flags import FULL_RANK, REFUSED, check_refused
 from lmolt.training.losses import LOSSES, PARAMETERS
 from lmolt.training.statistics import best_is_greater
@@ -107,6 +108,9 @@ class PreferenceArguments(_Parameters):
         metadata={"help": "rank-stabilised LoRA: a fresh adapter's scale is alpha / sqrt(r)"},
     )
 
+    prompt_style: str = field(
+        default="paper", metadata={"help": "how --model is asked, one of lmolt/prompts.py's STYLES: docs/models.md"}
+    )
     max_length: int = field(default=1024, metadata={"help": "most tokens of a prompt and one output"})
     max_length_policy: str = field(default="error", metadata={"help": "longer rows: error, or drop (and count)"})
     tokens_per_batch: int | None = field(
@@ -168,6 +172,7 @@ class PreferenceArguments(_Parameters):
         for name, allowed in {
             "loss": LOSSES,
             "packing": ("tree", "padded"),
+            "prompt_style": STYLES,
             "max_length_policy": ("error", "drop"),
             "hub_strategy": ("end",),
         }.items():

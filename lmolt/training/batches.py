@@ -56,18 +56,26 @@ def collate(drawn: list[tuple[Example, bool, torch.Tensor | None]]) -> MicroBatc
 
 
 def encode_triples(
-    triples: list[dict], tokenizer, max_length: int, on_too_long: str, *, with_rejected: bool = True
+    triples: list[dict],
+    tokenizer,
+    max_length: int,
+    on_too_long: str,
+    *,
+    with_rejected: bool = True,
+    style: str = "paper",
 ) -> tuple[list[Example], Counter]:
     """Tokenize triples; those whose prompt and longer output exceed `max_length` tokens are dropped or an error.
 
     Returns the examples and how many were dropped, by cause. Nothing is ever cut. Without `with_rejected`, for a loss
-    that doesn't read it, the dis-preferred output is left out and nothing is asked of it.
+    that doesn't read it, the dis-preferred output is left out and nothing is asked of it. Prompts are of a `style` of
+    lmolt/prompts.py, which says too how an output's first token joins them.
     """
     examples, dropped, long = [], Counter(), []
     for row, triple in enumerate(triples, start=1):
-        prompt = array("i", encode_prompt(tokenizer, build_prompt(triple["direction"], triple["source"])))
-        chosen = array("i", encode_output(tokenizer, triple["chosen"]))
-        rejected = array("i", encode_output(tokenizer, triple["rejected"]) if with_rejected else [])
+        asked = build_prompt(triple["direction"], triple["source"], style)
+        prompt = array("i", encode_prompt(tokenizer, asked))
+        chosen = array("i", encode_output(tokenizer, triple["chosen"], asked))
+        rejected = array("i", encode_output(tokenizer, triple["rejected"], asked) if with_rejected else [])
         length = len(prompt) + max(len(chosen), len(rejected))
         if length > max_length:
             long.append((length, row, triple["id"]))

@@ -11,7 +11,7 @@ from lmolt.training.losses import PARAMETERS
 
 OWN = {  # what --help shows, in groups; the rest is behind --help_all
     "model and data": "model revision adapter triples pairs eval_triples eval_fraction max_length max_length_policy "
-    "trust_remote_code",
+    "prompt_style trust_remote_code",
     "loss": "loss " + " ".join(PARAMETERS),
     "adapter": "load_in_4bit lora_r lora_alpha lora_dropout lora_target_modules use_dora use_rslora",
     "steps": "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps optim weight_decay max_grad_norm "

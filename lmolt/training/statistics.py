@@ -147,7 +147,7 @@ def translation_scores(trainer, examples) -> dict[str, float]:
         outputs = translate(
             trainer.accelerator.unwrap_model(trainer.model_wrapped),
             trainer.processing_class,
-            [build_prompt(direction, e.source) for e in sample],
+            [build_prompt(direction, e.source, trainer.args.prompt_style) for e in sample],
             max_new_tokens=trainer.args.eval_max_new_tokens,
             progress=f"translating {direction}",
         )
