@@ -217,9 +217,20 @@ def translated(args: argparse.Namespace, translators: Translators, pairs: list[d
         asked = rows_of_pairs(pairs, direction)
         sources = [row["source"] for row in asked]
         outputs = (best if args.num_candidates > 1 else translators)(direction, sources, counts[direction])
+        if translators.loaded and translators.loaded[1] and not args.no_references:
+            count_unknown(*translators.loaded, direction, [row["reference"] for row in asked], counts[direction])
         reference = {"reference": None} if args.no_references else {}
         rows += [row | reference | {"prediction": output} for row, output in zip(asked, outputs, strict=True)]
     return rows
+
+
+def count_unknown(model, tokenizer, direction: str, references: list[str], counts: Counter) -> None:
+    """Count the references that the model can't write, and say so."""
+    from lmolt.models.tokenizers import check_texts
+
+    texts = [(text, tokenizer(text, add_special_tokens=False)["input_ids"]) for text in references]
+    say = print if FIRST_PROCESS else lambda _: None
+    counts += check_texts(tokenizer, model.config, "references", texts, lambda line: say(f"{direction} {line}"))
 
 
 def best_candidates(
@@ -395,7 +406,12 @@ def evaluate(args: argparse.Namespace) -> None:
         inputs = {f"--{name}": getattr(args, name) for name in names}
         inputs |= {"--novelty": args.novelty, "--round_trip_model": args.round_trip_model}
         inputs |= {f"--predictions ({i + 1})": file for i, file in enumerate(args.predictions or ())}
-        take(args.output, set(args.direction if args.predictions else args.directions), inputs)
+        directions = set(args.direction if args.predictions else args.directions)
+        take(args.output, directions, inputs)
+        if args.nli_model and MOL2CAP in directions and not args.no_references:
+            from lmolt.metrics.hallucination import check_labels
+
+            check_labels(args.nli_model)
 
     # ---- outputs: made now, or made before
     counts = defaultdict(Counter)  # what was odd about the data, by direction

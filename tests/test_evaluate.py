@@ -304,6 +304,16 @@ def test_entailment_by_a_local_model(evaluate, tmp_path):
     assert "could not be loaded" in found["nli_entailment"]["absent"] and "value" in found["rougeL"]
 
 
+def test_an_entailment_model_without_label_names_is_found_before_translating(evaluate, tiny_policy, tmp_path):
+    (tmp_path / "nli").mkdir()
+    make_nli(tmp_path / "nli", ["LABEL_0", "LABEL_1", "LABEL_2"])
+    (tmp_path / "pairs.jsonl").write_text('{"molecule": "CCO", "caption": "An alcohol."}\n')
+    arguments = ["--model", tiny_policy, "--pairs", tmp_path / "pairs.jsonl", "--nli_model", tmp_path / "nli"]
+    with pytest.raises(ValueError, match="id2label .*LABEL_0.* names no entailment label; write the names"):
+        evaluate(*arguments, "--output", tmp_path / "out")
+    assert not (tmp_path / "out" / "journal").exists()
+
+
 def test_a_sequence_to_sequence_model_and_a_quantised_one(evaluate, tiny_policy, tmp_path):
     import torch
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer

@@ -260,3 +260,10 @@ def test_molecules_that_rdkit_does_not_finish_and_dummies_are_counted():
     assert counts == {"unparsable SMILES dropped": 2, "molecule with a dummy atom kept": 1}
     with pytest.raises(ValueError, match=r"none of its 1 pairs is left: \{'unparsable SMILES dropped': 1\}"):
         clean(pairs[-1:], invalid="drop")
+
+
+def test_a_data_set_with_a_loading_script_is_named_with_what_to_do(tmp_path):
+    (tmp_path / "owned").mkdir()
+    (tmp_path / "owned" / "owned.py").write_text("raise SystemExit('code of a data set was run')\n")
+    with pytest.raises(ValueError, match=r"scripts are no longer supported, .*refs/convert/parquet has them\)"):
+        read_pairs(str(tmp_path / "owned"))

@@ -2,10 +2,12 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 import torch
+from conftest import load_script
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config
 
 from lmolt.generation.ranking import score
@@ -65,6 +67,18 @@ def test_a_backslash_is_unknown_to_t5_counted_and_read_as_the_system_says(t5):
     assert Reader(tokenizer).texts(ids) == [("C/C=CC", 1), ("C/C=C/C", 0)]  # valid SMILES, its stereo gone
     assert Reader(tokenizer, "\\").texts(ids) == [(r"C/C=C\C", 1), ("C/C=C/C", 0)]
     assert Reader(tokenizer, "\\").texts([[9_000, *ids[1]]]) == [("\\ C/C=C/C", 1)]  # an id that has no token
+
+
+def test_unknown_tokens_of_training_texts_are_counted_and_said(t5, capsys):
+    tokenizer, row = load_tokenizer(str(t5)), {"id": "a", "direction": "cap2mol", "source": "The molecule."}
+    rows = [row | {"chosen": r"C/C=C\C", "rejected": "CC"}, row | {"chosen": "CC", "rejected": r"C\C"}]
+    examples, _ = encode_triples(rows, tokenizer, 4000, "error")
+    args = {"model": str(t5), "revision": None, "trust_remote_code": False, "prompt_style": "paper"}
+    args = SimpleNamespace(**args, metric_for_best_model=None)
+    load_script("train_pref").check_examples(args, tokenizer, examples, [])
+    preferred, other = capsys.readouterr().out.splitlines()[-2:]
+    assert preferred.startswith("preferred outputs: 1 of 2 have characters that the tokenizer doesn't know (<unk>)")
+    assert other == "dis-preferred outputs: 1 of 2 have characters that the tokenizer doesn't know (<unk>)"
 
 
 def test_a_folder_without_tokenizer_files_is_refused(t5, tmp_path):

@@ -57,6 +57,17 @@ def entailment(references: list[str], predictions: list[str], model: str) -> tup
     return probability, wins
 
 
+def check_labels(model: str) -> None:
+    """`ValueError` where a model's config names no entailment label; what can't be read is found as it is loaded."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError):
+        return
+    entailment_label(config.id2label, model)
+
+
 def entailment_label(id2label: dict[int, str], model: str) -> int:
     """Index of the entailment label: checkpoints order theirs differently, so only the names can tell."""
     found = [int(i) for i, name in id2label.items() if re.fullmatch(r"(?i)entail(s|ed|ment)?", name.strip())]

@@ -1,11 +1,17 @@
 """Tiles or FlexAttention: the two forms of a tree's attention, timed beside each other on a device."""
 
+import subprocess
 import time
 
 import torch
+from torch._inductor.runtime.triton_compat import OutOfResources, PTXASError
 
 from lmolt.models.attention import layer_kinds, tree_attention
 from lmolt.models.tree import attention_inputs
+
+# what compilers say: torch's own errors are RuntimeErrors
+UNCOMPILED = (RuntimeError, ImportError, OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+UNCOMPILED += (subprocess.SubprocessError, OutOfResources, PTXASError)
 
 
 def time_forms(
@@ -63,7 +69,7 @@ def faster_form(model, tree) -> tuple[str, dict[str, float | str]]:
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     try:
         timed, results = time_forms(tree, heads, getattr(config, "num_key_value_heads", None) or heads, size, dtype)
-    except Exception as error:  # whatever a compiler may say: the tiles do without it
+    except UNCOMPILED as error:  # the tiles do without it
         return "tiles", {"flex": f"{type(error).__name__}: {error}"[:200]}
     timed = {form: 1000 * seconds for form, seconds in timed.items()}
     for one, other in zip(*results.values(), strict=True):

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -23,6 +24,9 @@ from lmolt.models.self_check import takes_attention
 from lmolt.models.tokenizers import check_tokenizer
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+UNREADABLE = (  # what transformers says of a file: a value of another type, a class that nobody knows
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, StrictDataclassError),
+)
 EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"}  # as PEFT knows the parts of an expert
 
 
@@ -97,9 +101,9 @@ def _read_tokenizer(name: str, revision: str | None, trust_remote_code: bool):
             raise ValueError(f"{folder / file}: added_tokens is {str(tokens)[:60]!r}, and no list of objects")
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except BaseException as error:  # a panic of tokenizers' Rust is no Exception
-        panic = type(error).__name__ == "PanicException"
-        if not files or not (panic or isinstance(error, Exception)) or "trust_remote_code" in str(error):
+    except BaseException as error:  # tokenizers' Rust raises Exception itself, and its panics are none
+        rust = type(error) is Exception or type(error).__name__ == "PanicException"
+        if not files or not (rust or isinstance(error, UNREADABLE)) or "trust_remote_code" in str(error):
             raise
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder / files[0]} can't be read: {type(error).__name__} {reason}") from None
@@ -165,7 +169,7 @@ def read_config(name: str, revision: str | None, trust_remote_code: bool):
             raise ValueError(f"{folder / 'config.json'}: model_type is {str(kind)[:60]}, and no architecture's name")
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of a value's type, of a type of model that nobody knows, of the model's own code
+    except UNREADABLE as error:
         if not folder.is_dir() or "trust_remote_code" in str(error):
             raise
         reason = " ".join(str(error).split())[:300]
