@@ -211,7 +211,7 @@ BAD = {
     "header": (lambda a: (a / "model.safetensors").write_bytes(b"\4" + b"\0" * 7 + b"oops" * 9), "header is not JSON"),
     "pickle": (
         lambda a: (a / "model.safetensors").rename(a / "pytorch_model.bin"),
-        "no such file; merging takes safetensors: load the model",
+        "no such file; pytorch_model.bin is a pickle, and isn't read: load the model with transformers and save_pre",
     ),
     "config": (lambda a: (a / "config.json").unlink(), "A/config.json: there is no such file"),
     "kind": (lambda a: configure(a, model_type="mistral"), "A is a mistral, .*B a llama"),

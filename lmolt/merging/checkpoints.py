@@ -13,7 +13,7 @@ import numpy as np
 
 from lmolt.files import read_json
 from lmolt.merging.beside import WEIGHTS
-from lmolt.merging.safetensors_io import FLOATS, STORAGE, Entry, decode, entry_values, read_header
+from lmolt.merging.safetensors_io import FLOATS, STORAGE, Entry, decode, entry_values, read_bits, read_header
 
 TIED = """
 bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom camembert cohere
@@ -204,6 +204,11 @@ class Checkpoint:
     def read(self, name: str, work: type = np.float32) -> Iterator[np.ndarray]:
         """The tensor's values, flattened, in pieces of `PIECE`, as `work` (np.float32 or np.float64)."""
         return entry_values(self.entries[name], work)
+
+    def bits(self, name: str) -> Iterator[np.ndarray]:
+        """The same as they are stored."""
+        entry = self.entries[name]
+        return read_bits(entry.file, STORAGE[entry.dtype], entry.offset, entry.size)
 
     def sample(self, name: str, work: type = np.float32, runs: int = 256, length: int = 256) -> np.ndarray:
         """`runs` stretches of `length` values, evenly over the tensor; all of it if it is no longer than that."""

@@ -22,14 +22,24 @@ count as 0: bf16 deltas with commensurate weights tie exactly, and rounding woul
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from functools import reduce
+from functools import lru_cache, reduce
 from itertools import combinations
 from operator import iadd
 
 import numpy as np
 
 from lmolt.merging.checkpoints import Checkpoint
-from lmolt.merging.safetensors_io import PIECE, STORAGE, all_finite, decode, encode, encode_at_random, read_bits
+from lmolt.merging.safetensors_io import (
+    PIECE,
+    STORAGE,
+    all_finite,
+    decode,
+    decode_pairs,
+    encode,
+    encode_at_random,
+    encode_pairs,
+    read_bits,
+)
 from lmolt.merging.settings import Recipe
 from lmolt.merging.trim import Bracket, Trim, radix_select
 
@@ -82,11 +92,11 @@ def elect(
         settle_ties(elected, votes, max(range(len(votes)), key=lambda index: abs(weights[index])))
     elected = elected.view(integer)
     elected &= SIGN[integer]
-    zeros, conflict = np.zeros_like(votes[0]), np.zeros(votes[0].shape, bool)
+    zeros, conflict = _zeros(votes[0].size, number), None
     for vote in votes:
         turned = vote.view(integer)
         turned ^= elected
-        conflict |= vote < 0
+        conflict = vote < 0 if conflict is None else np.logical_or(conflict, vote < 0, out=conflict)
         np.maximum(vote, zeros, out=vote)  # three times as fast as with a scalar 0
     if normalize:
         divisor = rounded(reduce(iadd, (weight * (vote > 0) for vote, weight in zip(votes, weights, strict=True))))
@@ -101,6 +111,11 @@ def elect(
             divisor += divisor == 0
         total = rounded(np.divide(total, divisor, out=total))
     return total if scale == 1 else rounded(total * number(scale)), int(np.count_nonzero(conflict))
+
+
+@lru_cache(maxsize=4)
+def _zeros(size: int, number: type) -> np.ndarray:  # of a whole piece, and of a tensor's last
+    return np.zeros(size, number)
 
 
 def settle_ties(elected: np.ndarray, votes: list[np.ndarray], largest: int) -> None:
@@ -128,27 +143,53 @@ def copy_tensor(entry, write: Callable[[np.ndarray], None]) -> dict:
     return {"size": entry.size, "copied": True}
 
 
-def _working(name: str, sources: list[Checkpoint], recipe: Recipe, dtype: str) -> tuple[type, Callable]:
-    """The type to work in, and what is applied after every step."""
-    float32 = dtype == "F32" or any(source.entries[name].dtype == "F32" for source in sources)
-    if recipe.rounding == "mergekit":
-        return np.float32, lambda x: decode(encode(x, dtype), dtype)
-    return np.float64 if float32 else np.float32, lambda x: x
+class Work:
+    """How a tensor is worked on: the `type`, and in which order a piece's values lie.
+
+    Where all is bf16 and nothing depends on the order, the values at even places come first, which is less work.
+    """
+
+    def __init__(self, name: str, sources: list[Checkpoint], recipe: Recipe, dtype: str):
+        kinds = {dtype, *(source.entries[name].dtype for source in sources)}
+        self.name, self.dtype, self.exact = name, dtype, recipe.rounding != "mergekit"
+        self.type = np.float64 if self.exact and "F32" in kinds else np.float32
+        self.pairs = kinds == {"BF16"} and recipe.rounding == "once" and recipe.method != "dare_ties"
+
+    def rounded(self, values: np.ndarray) -> np.ndarray:
+        """What is applied after every step."""
+        return values if self.exact else decode(encode(values, self.dtype), self.dtype)
+
+    def load(self, bits: np.ndarray, dtype: str) -> np.ndarray:
+        if self.pairs and dtype == "BF16":
+            return decode_pairs(bits)
+        values = decode(bits, dtype, self.type)
+        if not self.pairs:
+            return values
+        return np.concatenate([values[::2], values[1::2], np.zeros(values.size % 2, self.type)])
+
+    def store(self, values: np.ndarray, size: int) -> np.ndarray:
+        """Rounded to the nearest, in their own order; `size` of them."""
+        return encode_pairs(values, size) if self.pairs else encode(values, self.dtype)
+
+    def pieces(self, sources: list[Checkpoint], read=None) -> Iterator[tuple[np.ndarray, ...]]:
+        """A piece of each of the sources, again and again; `read(source)` gives its stored bits."""
+        read = read or (lambda source: source.bits(self.name))
+        loaded = lambda source: (self.load(bits, source.entries[self.name].dtype) for bits in read(source))
+        return zip(*map(loaded, sources), strict=True)
 
 
 def look(name: str, models: list[Checkpoint], base: Checkpoint | None, recipe: Recipe, dtype: str, read=None) -> list:
     """What has to be known of the whole tensor before its first value is merged, in a reading of its own.
 
     SLERP, nuslerp: [inner products (2, 2) of the models, or of their deltas]; TIES: for each model its threshold and
-    how many of the values equal to it stay; DARE: the factor of what stays; otherwise []. `read(source, work)` gives a
-    source's pieces, the first time perhaps on the way of another reading.
+    how many of the values equal to it stay; DARE: the factor of what stays; otherwise []. `read(source)` gives a
+    source's stored pieces, the first time perhaps on the way of another reading.
     """
     sources = [*models, base] if base else models
-    work, rounded = _working(name, sources, recipe, dtype)
-    read = read or (lambda source, work: source.read(name, work))
+    work = Work(name, sources, recipe, dtype)
     if recipe.method in ("slerp", "nuslerp"):
         dots = np.zeros((2, 2))
-        for pieces in zip(*(read(source, work) for source in sources), strict=True):
+        for pieces in work.pieces(sources, read):
             vectors = [np.subtract(piece, pieces[2], out=piece) for piece in pieces[:2]] if base else pieces
             add_inner_products(dots, vectors)
         return [dots]
@@ -156,8 +197,8 @@ def look(name: str, models: list[Checkpoint], base: Checkpoint | None, recipe: R
         return []
 
     def magnitudes(read, *models: Checkpoint) -> Iterator[list[np.ndarray]]:
-        for *values, origin in zip(*(read(source, work) for source in (*models, base)), strict=True):
-            deltas = [rounded(np.subtract(value, origin, out=value)) for value in values]
+        for *values, origin in work.pieces([*models, base], read):
+            deltas = [work.rounded(np.subtract(value, origin, out=value)) for value in values]
             yield [np.abs(delta, out=delta) for delta in deltas]
 
     size, densities = models[0].entries[name].size, recipe.density_of(name)
@@ -170,19 +211,18 @@ def look(name: str, models: list[Checkpoint], base: Checkpoint | None, recipe: R
             for (piece,), stays in zip(magnitudes(read, models[index]), mask, strict=True):
                 total += float(piece.sum(dtype=np.float64))
                 kept += float(piece.sum(dtype=np.float64, where=stays))
-            sums = rounded(np.array([total, kept], work))
-            found[index] = rounded(sums[:1] / sums[1:])[0] if min(total, kept) >= 1e-7 else work(1)
+            sums = work.rounded(np.array([total, kept], work.type))
+            found[index] = work.rounded(sums[:1] / sums[1:])[0] if min(total, kept) >= 1e-7 else work.type(1)
     elif thin:
-        brackets, origin = [], base.sample(name, work)
+        brackets, origin = [], base.sample(name, work.type)
         for index in thin:
-            sample = np.abs(rounded(models[index].sample(name, work) - origin))
+            sample = np.abs(work.rounded(models[index].sample(name, work.type) - origin))
             brackets.append(Bracket(sample, max(1, int(densities[index] * size)), size))
         for pieces in magnitudes(read, *(models[index] for index in thin)):
             for bracket, piece in zip(brackets, pieces, strict=True):
                 bracket.add(piece)
-        plain = lambda source, work: source.read(name, work)
         for index, bracket in zip(thin, brackets, strict=True):
-            again = lambda index=index: (piece for (piece,) in magnitudes(plain, models[index]))
+            again = lambda index=index: (piece for (piece,) in magnitudes(None, models[index]))
             found[index] = bracket.threshold() or radix_select(again, bracket.k)
     return found
 
@@ -205,20 +245,22 @@ def merge_tensor(
     `reference`, or else from the first model) and last of the stored values', `looked` at values, and how many are
     `equal` to the first model's bit for bit; `shares`, the weights that were asked for.
     """
-    sources, exact = [*models, base] if base else models, recipe.rounding != "mergekit"
-    work, rounded = _working(name, sources, recipe, dtype)
+    sources = [*models, base] if base else models
+    work = Work(name, sources, recipe, dtype)
     known = look(name, models, base, recipe, dtype) if known is None else known
-    chance = np.random.default_rng([recipe.seed, zlib.crc32(name.encode()), 1 << 20])
-    store = encode if recipe.rounding != "stochastic" else lambda x, kind: encode_at_random(x, kind, chance)
+    store = work.store
+    if recipe.rounding == "stochastic":
+        chance = np.random.default_rng([recipe.seed, zlib.crc32(name.encode()), 1 << 20])
+        store = lambda values, size: encode_at_random(values, dtype, chance)
     weights, shares = recipe.weights_of(name), recipe.shares_of(name)
     record = {"size": models[0].entries[name].size, "shares": shares}
     inner, finite = np.zeros((len(models) + 1, len(models) + 1)), True
 
     whole = 1.0  # how much of a common origin the output has
     if base and recipe.method in ("ties", "dare_ties"):
-        combine = ties_combiner(name, known, recipe, rounded, record, inner)
+        combine = ties_combiner(name, known, recipe, work, record, inner)
     elif base:
-        combine = delta_combiner(name, known, recipe, work, rounded, record, inner)
+        combine = delta_combiner(name, known, recipe, work, record, inner)
     elif recipe.method in ("slerp", "nuslerp"):
         inner[:2, :2] = known[0]
         threshold = 0.9995 if recipe.method == "slerp" else 1 - 1e-15
@@ -230,20 +272,21 @@ def merge_tensor(
 
         def combine(pieces):
             add_inner_products(inner, pieces)
-            if not exact:
-                return fused_sum(pieces, weights) / (sum(map(work, weights)) if recipe.normalize else work(1))
+            if not work.exact:
+                number = work.type
+                return fused_sum(pieces, weights) / (sum(map(number, weights)) if recipe.normalize else number(1))
             return weighted_sum(pieces, factors)
 
-    fit = Fit(len(models) - (0 if base or reference else 1))
-    origins = reference.read(name, work) if reference and not base else None
-    for index, pieces in enumerate(zip(*(source.read(name, work) for source in sources), strict=True)):
-        origin = next(origins) if origins else None
+    fit = Fit(len(models) - (0 if base or reference else 1), work)
+    origins = work.pieces([reference]) if reference and not base else None
+    for index, pieces in enumerate(work.pieces(sources)):
+        (origin,) = next(origins) if origins else (None,)
         seen = [piece.copy() for piece in pieces] if index % FITTED == 0 else None
-        stored = store(combine(list(pieces)), dtype)
+        stored = store(combine(list(pieces)), min(PIECE, record["size"] - index * PIECE))
         finite = finite and all_finite(stored, dtype)
         write(stored)
         if seen:
-            fit.add(seen[: len(models)], seen[-1] if base else origin, stored, dtype, whole)
+            fit.add(seen[: len(models)], seen[-1] if base else origin, stored, whole)
     if not finite:
         raise ValueError(f"{name}: the merged values leave the range of {dtype}; take another --dtype or other weights")
     if not base:  # the output is a sum of the inputs, and so are its inner products
@@ -255,28 +298,27 @@ def merge_tensor(
 class Fit:
     """What was stored, on some pieces: inner products of deltas with the stored values', values equal to the first."""
 
-    def __init__(self, count: int):
-        self.products, self.equal, self.looked = np.zeros((count + 1, count + 1)), 0, 0
+    def __init__(self, count: int, work: Work):
+        self.products, self.equal, self.looked, self.work = np.zeros((count + 1, count + 1)), 0, 0, work
 
-    def add(self, models: list, origin: np.ndarray | None, stored: np.ndarray, dtype: str, whole: float) -> None:
+    def add(self, models: list, origin: np.ndarray | None, stored: np.ndarray, whole: float) -> None:
         """`origin` None: the first model is the origin. `whole`: how much of it the output has."""
-        self.equal += int(np.count_nonzero(stored == encode(models[0], dtype)))
+        self.equal += int(np.count_nonzero(stored == self.work.store(models[0], stored.size)))
         self.looked += stored.size
-        work = models[0].dtype
         if origin is None:
             origin, models = models[0], models[1:]
         vectors = [np.subtract(model, origin) for model in models]
-        values = decode(stored, dtype, work.type)
-        values -= origin if whole == 1 else origin * work.type(whole)
+        values = self.work.load(stored, self.work.dtype)
+        values -= origin if whole == 1 else origin * self.work.type(whole)
         add_inner_products(self.products, vectors, values)
 
     def record(self) -> dict:
         return {"fit": self.products.tolist(), "equal": self.equal, "looked": self.looked}
 
 
-def delta_combiner(name, known, recipe, work, rounded, record, inner):
+def delta_combiner(name, known, recipe, work, record, inner):
     """The function that adds a sum of deltas to the base: task arithmetic, or SLERP of two task vectors."""
-    factors = recipe.shares_of(name)
+    factors, rounded, number = recipe.shares_of(name), work.rounded, work.type
     if recipe.method == "nuslerp":
         *factors, record["linear"] = slerp_coefficients(known[0], factors[1], 1 - 1e-15)
     elif recipe.normalize:
@@ -288,16 +330,16 @@ def delta_combiner(name, known, recipe, work, rounded, record, inner):
         deltas = [rounded(np.subtract(value, origin, out=value)) for value in values]
         if recipe.rounding == "mergekit" and recipe.method == "task_arithmetic":
             weights = recipe.weights_of(name)
-            stored = [rounded(np.array([weight], work))[0] for weight in weights]
+            stored = [rounded(np.array([weight], number))[0] for weight in weights]
             kept = [rounded(delta * weight) for delta, weight in zip(deltas, stored, strict=True)]
             added = rounded(sum(kept[1:], start=kept[0].copy()))
             if recipe.normalize:
-                total = rounded(np.array([sum(stored)], work))[0]
-                added = rounded(added / (total if abs(total) >= 1e-8 else work(1)))
+                total = rounded(np.array([sum(stored)], number))[0]
+                added = rounded(added / (total if abs(total) >= 1e-8 else number(1)))
         else:
             added = weighted_sum([delta.copy() for delta in deltas], factors)
         if recipe.scale != 1:
-            added = rounded(added * work(recipe.scale))
+            added = rounded(added * number(recipe.scale))
         add_inner_products(inner, deltas, added)
         added += origin
         return added
@@ -312,18 +354,18 @@ def dare_mask(name: str, index: int, size: int, density: float, seed: int) -> It
         yield random.random(min(PIECE, size - start), np.float32) < density
 
 
-def ties_combiner(name, known, recipe, rounded, record, inner):
+def ties_combiner(name, known, recipe, work, record, inner):
     """The function that turns a piece of every model and the base into the merged one by TIES or DARE-TIES.
 
     It counts in `record` and `inner` as it goes (see merge_tensor).
     """
-    trims: list = [found if found is None else Trim(*found) for found in known] if recipe.method == "ties" else []
+    rounded, exact = work.rounded, work.exact
+    trims: list = [found and Trim(*found, work.pairs) for found in known] if recipe.method == "ties" else []
     for index, factor in enumerate(known if recipe.method == "dare_ties" else []):
         left = dare_mask(name, index, record["size"], recipe.density_of(name)[index], recipe.seed)
         kept = lambda delta, left=left, factor=factor: rounded(delta * (next(left) * factor))
         trims.append(kept if factor is not None else None)
     weights, record["conflicts"] = recipe.weights_of(name), 0
-    exact = recipe.rounding != "mergekit"
 
     def combine(pieces):
         *values, origin = pieces

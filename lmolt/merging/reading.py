@@ -14,13 +14,10 @@ from lmolt.merging.checkpoints import Checkpoint
 from lmolt.merging.methods import look
 from lmolt.merging.safetensors_io import (
     PIECE,
-    STORAGE,
     FirstReading,
     all_finite,
-    decode,
     inspect_file,
     not_finite,
-    read_bits,
 )
 from lmolt.merging.settings import Recipe
 
@@ -59,12 +56,11 @@ def read_inputs(
         for name in names:
             left = dict(readings)
 
-            def read(source: Checkpoint, work: type, name=name, left=left) -> Iterator[np.ndarray]:
+            def read(source: Checkpoint, name=name, left=left) -> Iterator[np.ndarray]:
                 place = next((place for place in left if sources[place] is source), None)
                 if place is None:
-                    return source.read(name, work)
-                entry = source.entries[name]
-                return (decode(bits, entry.dtype, work) for bits in left.pop(place).pieces(entry, not sums_tell))
+                    return source.bits(name)
+                return left.pop(place).pieces(source.entries[name], not sums_tell)
 
             with np.errstate(
                 invalid="ignore", over="ignore"
@@ -92,6 +88,5 @@ def read_inputs(
 
 def _check(source: Checkpoint, name: str) -> None:
     entry = source.entries[name]
-    for bits in read_bits(entry.file, STORAGE[entry.dtype], entry.offset, entry.size):
-        if not all_finite(bits, entry.dtype):
-            raise not_finite(entry)
+    if not all(all_finite(bits, entry.dtype) for bits in source.bits(name)):
+        raise not_finite(entry)

@@ -65,10 +65,13 @@ def radix_select(magnitudes: Callable[[], Iterator[np.ndarray]], k: int) -> tupl
 
 
 class Trim:
-    """One model's deltas, piece after piece, 0 but for the largest; of those equal to the threshold the first stay."""
+    """One model's deltas, piece after piece, 0 but for the largest; of those equal to the threshold the first stay.
 
-    def __init__(self, threshold: float, ties: int):
-        self.threshold, self.ties = threshold, ties
+    `pairs`: the values lie as `decode_pairs` has them.
+    """
+
+    def __init__(self, threshold: float, ties: int, pairs: bool = False):
+        self.threshold, self.ties, self.pairs = threshold, ties, pairs
 
     def __call__(self, delta: np.ndarray) -> np.ndarray:
         magnitude = np.abs(delta)
@@ -77,11 +80,12 @@ class Trim:
             equal = magnitude == self.threshold
             count = np.count_nonzero(equal)
             if count > self.ties:
-                equal[np.flatnonzero(equal)[self.ties :]] = False
+                places, half = np.flatnonzero(equal), equal.size // 2
+                if self.pairs:  # those at even places come first
+                    places = places[np.argsort(np.where(places < half, 2 * places, 2 * (places - half) + 1))]
+                equal[places[self.ties :]] = False
             keep |= equal
             self.ties -= min(count, self.ties)
-        kept = keep.view(np.int8).astype(
-            np.int32 if delta.itemsize == 4 else np.int64
-        )  # times the bits as an integer: what is dropped is +0
-        kept *= delta.view(kept.dtype)
+        kept = keep.view(np.int8).astype(np.int32 if delta.itemsize == 4 else np.int64)
+        kept *= delta.view(kept.dtype)  # the bits as an integer, times 0 or 1: what is dropped is +0
         return kept.view(delta.dtype)
