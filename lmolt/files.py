@@ -235,6 +235,18 @@ def sha256_file(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def known_as(name: Path | str) -> str:
+    """What a model or tokenizer is called where numbers rest on it: a Hub id as it is, a folder with a hash of what its
+    files hold, since a path may hold another one tomorrow."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return str(name)
+    suffixes = (".json", ".txt", ".model", ".safetensors", ".bin")
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in suffixes)
+    held = "\n".join(f"{path.name} {content_hash(path)}" for path in files)
+    return f"{name} ({hashlib.sha256(held.encode()).hexdigest()[:8]})"
+
+
 # --- tables
 
 

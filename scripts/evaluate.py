@@ -23,13 +23,14 @@ if not __package__:  # `scripts/` first on the path would shadow the library `ev
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import hashlib
 import json
 import os
 import random
 from collections import Counter, defaultdict
 from datetime import UTC, datetime
 
-from lmolt.files import cache_folder, run_main, versions
+from lmolt.files import cache_folder, known_as, run_main, versions
 from lmolt.generation.candidates import RANKS
 from lmolt.generation.systems import SYSTEMS, System, finish, load, read_system
 from lmolt.prompts import CAP2MOL, COLUMNS, DIRECTIONS, MOL2CAP, build_prompt
@@ -350,9 +351,11 @@ def scored(args: argparse.Namespace, rows: list[dict], counts: dict) -> tuple[di
     if args.novelty:
         found = read_pairs(args.novelty, args.novelty_split, default_split="train", invalid="drop", need=("molecule",))
         molecules = [pair["molecule"] for pair in found]
-        known = {"known_molecules": molecules, "known_name": f"{args.novelty} ({len(found)})"}
-    back = args.round_trip_model or "the system itself"  # each by itself: that is what two systems are compared in
-    back += f" with {args.round_trip_adapter}" if args.round_trip_adapter else ""
+        which = hashlib.sha256("\n".join(sorted(molecules)).encode()).hexdigest()[:8]
+        known = {"known_molecules": molecules, "known_name": f"{args.novelty} ({len(found)}, {which})"}
+    back = (args.model, args.adapter) if args.model else (args.system or "nothing", None)
+    back = (args.round_trip_model, args.round_trip_adapter) if args.round_trip_model else back
+    back = " with ".join(known_as(name) for name in back if name) + ", which made it" * (not args.round_trip_model)
     parts, columns, table = {}, {}, []
     for direction in dict.fromkeys(row["direction"] for row in rows):
         mine = [row for row in rows if row["direction"] == direction]

@@ -145,6 +145,15 @@ def test_a_user_without_a_home_directory(tmp_path):
     assert b"this user has no home directory; set LMOLT_CACHE" in run("-u", "LMOLT_CACHE").stderr
 
 
+def test_what_numbers_rest_on_is_known_by_its_content(tmp_path):
+    names = []
+    for text in ("one", "two", "one"):
+        (tmp_path / "vocab.txt").write_text(text)
+        names.append(files.known_as(tmp_path))
+    assert names[0] == names[2] != names[1] and names[0].startswith(f"{tmp_path} (")
+    assert files.known_as("owner/tok") == "owner/tok"
+
+
 def test_windows_is_told_in_one_line():
     """Simulated: without what Windows lacks, all of lmolt but the supervisor is imported, and a command says it."""
     code = """

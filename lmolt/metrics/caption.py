@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lmolt.files import known_as
 from lmolt.metrics import ngrams
 from lmolt.metrics.metric import NOT_COMPARABLE, Metric
 
@@ -17,7 +18,9 @@ def tokenizer_name(tokenizer) -> str:
     """The word pieces of `tokenize`, as conventions name them."""
     if tokenizer is None:
         return f"plain words and punctuation marks: {NOT_COMPARABLE}, which need SciBERT's"
-    return getattr(tokenizer, "__name__", "a callable") if callable(tokenizer) else f"word pieces of {tokenizer}"
+    if callable(tokenizer):
+        return getattr(tokenizer, "__name__", "a callable")
+    return f"word pieces of {known_as(tokenizer)}"
 
 
 def word_pieces(

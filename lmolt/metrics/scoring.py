@@ -3,6 +3,7 @@
 import numpy as np
 import rdkit
 
+from lmolt.files import known_as
 from lmolt.metrics import caption, grounding, hallucination, meteor, molecule, properties, round_trip, statistics
 from lmolt.metrics import fcd as chemnet
 from lmolt.metrics.ngrams import characters, flatten
@@ -93,7 +94,7 @@ def score(
     settings |= {"round_trip": returned_by, "known": known_name}
     found, shuffled, absent = {}, {}, {}  # metrics that are no functions of sums over rows; parts of others' entries
     if direction == MOL2CAP:
-        settings |= {"pieces": caption.tokenizer_name(text_tokenizer), "nli_model": nli_model}
+        settings |= {"pieces": caption.tokenizer_name(text_tokenizer), "nli_model": nli_model and known_as(nli_model)}
         per_example = hallucination.group_scores(sources, references, predictions, num_workers)
         if references is not None:
             of_references, shuffled, absent = _captions(
