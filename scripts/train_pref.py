@@ -70,7 +70,7 @@ def parse_arguments(argv: list[str]) -> PreferenceArguments:
     args, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         raise ValueError(describe_unknown(unknown, parser._option_string_actions))
-    for name in ("do_train", "do_eval"):
+    for name in ("do_train", "do_eval", "restore_callback_states_from_checkpoint"):
         if name in recipe or f"--{name}" in given:  # whatever its value, for false is its default
             raise ValueError(f"--{name} would have no effect: {REFUSED[name]}; leave it out")
     if args.fp16 and ({"--bf16"} & given or recipe.get("bf16")) and recipe.get("bf16") is not False:

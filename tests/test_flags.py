@@ -56,6 +56,14 @@ def test_each_refused_field_is_refused_with_its_reason(name):
             {"dataloader_prefetch_factor": 2},
             "--dataloader_prefetch_factor has no effect: there are no --dataloader_num",
         ),
+        ({"optim_args": "a=b"}, "--optim_args a=b has no effect with --optim adamw_torch_fused"),
+        ({"optim": "ademamix", "optim_args": "beta3"}, "--optim ademamix --optim_args beta3 can't run here: "),
+        ({"lr_scheduler_kwargs": {"x": 1}}, "--lr_scheduler_type cosine doesn't take --lr_scheduler_kwargs {'x': 1}: "),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "--lr_scheduler_type cosine_with_min_lr doesn't take .* None: "),
+        (
+            {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "--gradient_checkpointing_kwargs has no effect: there is no --gradient_checkpointing",
+        ),
         ({"lr_scheduler_type": "constant", "warmup_steps": 9}, "--warmup_steps has no effect: constant has no warm-up"),
     ],
 )
@@ -80,6 +88,15 @@ def test_precision_is_the_flags_alone(monkeypatch, caplog):
     args = PreferenceArguments(bf16=False)
     assert args.mixed_precision == "no"
     assert "mixed precision is no, as --bf16 and --fp16 say, and not accelerate's fp8" in caplog.text
+
+
+def test_what_an_optimizer_and_a_schedule_take_is_taken():
+    args = PreferenceArguments(optim="ademamix", optim_args="beta3=0.5")
+    assert args.optim_args == "beta3=0.5"
+    args = PreferenceArguments(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 1e-6})
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    for name in ("linear", "cosine", "polynomial", "inverse_sqrt", "reduce_lr_on_plateau", "constant_with_warmup"):
+        PreferenceArguments(lr_scheduler_type=name)
 
 
 def test_trackers_stand_with_spaces_or_commas():

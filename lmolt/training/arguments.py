@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_torch_npu_available, is_torch_xpu_available
@@ -249,6 +249,11 @@ class PreferenceArguments(_Parameters):
                 "there are no --dataloader_num_workers",
             ),
             *unless(
+                self.gradient_checkpointing or self.activation_checkpointing,
+                "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
+                "there is no --gradient_checkpointing",
+            ),
+            *unless(
                 self.lr_scheduler_type != "constant", "warmup_steps", "constant has no warm-up (constant_with_warmup)"
             ),
             *unless(self.model is None or not Path(self.model).is_dir(), "revision", "--model is a folder"),
@@ -314,9 +319,22 @@ class PreferenceArguments(_Parameters):
                 f"--optim {self.optim.value} is for all of a model's weights, and only an adapter is trained"
             )
         try:
-            Trainer.get_optimizer_cls_and_kwargs(self)
-        except (ImportError, RuntimeError) as error:
-            raise ValueError(f"--optim {self.optim.value} can't run here: {' '.join(str(error).split())}") from None
+            _, options = Trainer.get_optimizer_cls_and_kwargs(self)
+        except (ImportError, RuntimeError, ValueError) as error:
+            what = f"--optim {self.optim.value}" + (f" --optim_args {self.optim_args}" if self.optim_args else "")
+            raise ValueError(f"{what} can't run here: {' '.join(str(error).split())}") from None
+        given, self.optim_args = self.optim_args, None
+        if given and Trainer.get_optimizer_cls_and_kwargs(self)[1] == options:
+            raise ValueError(f"--optim_args {given} has no effect with --optim {self.optim.value}; leave it out")
+        self.optim_args = given
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=self.lr_scheduler_kwargs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"--lr_scheduler_type {self.lr_scheduler_type.value} doesn't take --lr_scheduler_kwargs "
+                f"{self.lr_scheduler_kwargs}: {' '.join(str(error).split())}"
+            ) from None
 
     def _fill_parameters(self) -> None:
         """The loss's own parameters get its defaults; another's, or a value without sense, is a `ValueError`."""

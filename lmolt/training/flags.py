@@ -25,11 +25,10 @@ MAY_CHANGE = frozenset(
     logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica disable_tqdm debug
     report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics
     save_strategy save_steps save_total_limit save_only_model load_best_model_at_end resume_from_checkpoint
-    restore_callback_states_from_checkpoint
     push_to_hub hub_model_id hub_private_repo hub_revision hub_strategy hub_token
     eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size
     dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
-    use_cpu local_rank ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph
+    use_cpu ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph
     ddp_find_unused_parameters deepspeed fsdp fsdp_config torch_empty_cache_steps
     """.split()  # noqa: SIM905
 )
@@ -74,6 +73,8 @@ REFUSED = {
     "liger_kernel_config": "its kernels replace the model's forward pass, and were not tried with trees",
     "enable_jit_checkpoint": "SIGTERM and SIGUSR1 always save a checkpoint",
     "save_on_each_node": "the first process alone writes",
+    "restore_callback_states_from_checkpoint": "it is always done: early stopping would count anew",
+    "local_rank": "the launcher numbers the processes, in their environment",
     "ignore_data_skip": "a resumed epoch would draw some rows twice and some never",
 }
 FULL_RANK = ("galore", "apollo", "lomo", "adalomo")

@@ -105,7 +105,7 @@ def changes_since(record: dict, may_change: dict, step: int) -> list[dict]:
 
 def may_change(args, versions: dict[str, str]) -> dict:
     """What may be another in a resumed run, and is recorded: flags, and the versions of packages."""
-    changing = {*flags.MAY_CHANGE, *OWN_MAY_CHANGE} - {"resume_from_checkpoint", "overwrite_output_dir", "local_rank"}
+    changing = {*flags.MAY_CHANGE, *OWN_MAY_CHANGE} - {"resume_from_checkpoint", "overwrite_output_dir"}
     values = {f"--{name}": value for name, value in args.to_dict().items() if name in changing and "token" not in name}
     return _plain(values | {f"{name}'s version": version for name, version in versions.items()})
 
