@@ -82,7 +82,9 @@ def content(folder: Path) -> dict[str, object]:
 def _timeless(value):
     if isinstance(value, dict):
         return {k: _timeless(v) for k, v in value.items() if not k.endswith(TIMES) and k != "resume_from_checkpoint"}
-    return [_timeless(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_timeless(item) for item in value]
+    return re.sub(r" \(log-probabilities \S+\)$", "", value) if isinstance(value, str) else value
 
 
 def commands(folder: Path, policy: Path) -> dict[str, tuple[list, str]]:
