@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +32,7 @@ from lmolt.merging.safetensors_io import OutputFolder, encode  # noqa: E402
 
 LAYERS, SHARDS = {"S": 3, "M": 8, "3B": 56}, {"S": 2, "M": 4, "3B": 6}
 HIDDEN, MLP, VOCABULARY = 2048, 5632, 32000
-LLAMA_7B = 6.74e9
+PARAMETERS = {"7B": 6.74e9, "70B": 69.0e9}  # Llama 2's
 WEIGHTS, DENSITY = (0.95, 0.05), 0.5
 STABLE = (
     "import sys, torch; argsort = torch.argsort; torch.argsort = lambda *x, **k: argsort(*x, stable=True, **k); "
@@ -66,6 +67,8 @@ def build(folder: Path, size: str) -> None:
         **{"num_key_value_heads": 16, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "hidden_act": "silu"},
     }
     shapes = {tensor: shape for tensors in layout(size).values() for tensor, _, shape in tensors}
+    # normal values drawn once, from which each block of rows takes a stretch: drawing all would take minutes at 3B
+    pools = [np.random.default_rng(seed).standard_normal(1 << 23, np.float32) for seed in range(3)]
     for number, name in enumerate(("base", "a", "b")):
         if (folder / name).is_dir():
             continue
@@ -73,12 +76,13 @@ def build(folder: Path, size: str) -> None:
         def produce(tensor: str, write, number=number) -> dict:
             rows, columns = (*shapes[tensor], 1)[:2]
             for start in range(0, rows, 1024):
-                seed = [sum(tensor.encode()), start]
-                count = (min(1024, rows - start), columns)
-                values = np.random.default_rng([0, *seed]).standard_normal(count, np.float32)
+                count = min(1024, rows - start) * columns
+                places = np.random.default_rng([zlib.crc32(tensor.encode()), start]).integers(0, (1 << 23) - count, 3)
+                stretch = lambda which, count=count, places=places: pools[which][places[which] :][:count]
+                values = 0.02 * stretch(0)
                 if number:
-                    values += 0.1 * np.random.default_rng([number, *seed]).standard_normal(count, np.float32)
-                write(encode(values.ravel() * np.float32(0.02), "BF16"))
+                    values += np.float32(0.002) * stretch(number)
+                write(encode(values, "BF16"))
             return {}
 
         output = OutputFolder(folder / name, layout(size), {}, False)
@@ -182,13 +186,16 @@ def main() -> None:
                     print(f"{size:4} {method:10} {who}: {share:.2e} of the values differ from mergekit's")
             for output in outputs.values():
                 shutil.rmtree(output, ignore_errors=True)
-    scale = LLAMA_7B / sum(int(np.prod(shape)) for tensors in layout(args.sizes[-1]).values() for *_, shape in tensors)
-    for method in args.methods:
-        for who in ("ours", "cp") if args.without_mergekit else ("ours", "mergekit", "cp"):
-            projected = figures[f"{method}_7b_{who}_projected_cpu"] = (
-                scale * figures[f"{method}_{args.sizes[-1]}_{who}_cpu"]
-            )
-            print(f"7B   {method:10} {who:10} {projected:15.0f} CPU s in proportion to {args.sizes[-1]}")
+    values = sum(int(np.prod(shape)) for tensors in layout(args.sizes[-1]).values() for *_, shape in tensors)
+    for name, count in PARAMETERS.items():  # in proportion: a tensor costs next to nothing, its values all
+        for method in args.methods:
+            for who in ("ours", "cp") if args.without_mergekit else ("ours", "mergekit", "cp"):
+                row = {
+                    key: figures[f"{method}_{args.sizes[-1]}_{who}_{key}"] * count / values for key in ("wall", "cpu")
+                }
+                figures |= {f"{method}_{name.lower()}_{who}_projected_{key}": value for key, value in row.items()}
+                numbers = f"{row['wall']:7.0f} {row['cpu']:7.0f}"
+                print(f"{name:4} {method:10} {who:10} {numbers}  in proportion to {args.sizes[-1]}")
     if not args.folder:
         shutil.rmtree(work)
     if args.json:

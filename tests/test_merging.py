@@ -264,7 +264,31 @@ def test_trim_keeps_what_a_stable_sort_keeps(tmp_path, values, density, kind):
     assert np.array_equal(merged, expected)
 
 
+@pytest.mark.parametrize("size", [5, 300_001, 70_000])
+@pytest.mark.parametrize("density", [0.2, 0.5])
+def test_of_equal_magnitudes_the_first_stay_in_bfloat16(tmp_path, size, density):
+    """There the values at even places are worked on before those at odd ones."""
+    values = np.random.default_rng(1).integers(-2, 3, size).astype(np.float32)
+    zero, one = (checkpoint(tmp_path / str(i), x) for i, x in enumerate((np.zeros_like(values), values)))
+    merged, _ = merge(Recipe("ties", [1.0], [density]), [one], zero)
+    expected = np.zeros_like(values)
+    first = np.argsort(-np.abs(values), kind="stable")[: max(1, int(density * size))]
+    expected[first] = values[first]
+    assert np.array_equal(merged, expected)
+
+
 # --- storage
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7, 1 << 16])
+def test_pairs_are_the_same_values_in_another_order(size):
+    bits = np.random.default_rng(0).integers(0, 0x7F80, size, np.uint16)
+    values, pairs = safetensors_io.decode(bits, "BF16"), safetensors_io.decode_pairs(bits)
+    half = (size + 1) // 2
+    assert np.array_equal(pairs[:half], values[::2]) and np.array_equal(pairs[half : half + size // 2], values[1::2])
+    third = pairs / np.float32(3)
+    expected = safetensors_io.encode(values / np.float32(3), "BF16")
+    assert np.array_equal(safetensors_io.encode_pairs(third, size), expected)
 
 
 def test_bfloat16_rounds_as_torch_does():
