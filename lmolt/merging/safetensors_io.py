@@ -317,11 +317,14 @@ class OutputFolder:
                     if finished and digest.hexdigest() != finished[-1][1]:
                         raise ValueError(f"{path} is damaged (its XXH3-128 differs); leave --resume out to start anew")
 
-                    def write(piece, stream=stream, digest=digest) -> None:
+                    def write(piece, stream=stream, digest=digest, path=path) -> None:
                         view = memoryview(piece).cast("B") if len(piece) else memoryview(b"")
                         digest.update(view)
-                        while len(view):  # without a buffer a disk may take a part
-                            view = view[stream.write(view) :]
+                        try:
+                            while len(view):  # without a buffer a disk may take a part
+                                view = view[stream.write(view) :]
+                        except OSError as error:
+                            raise OSError(error.errno, f"{error.strerror}; --resume goes on", str(path)) from None
 
                     if not kept:
                         write(header)
