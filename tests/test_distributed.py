@@ -43,7 +43,9 @@ def train(folder: Path, job: list, processes: int, name: str | None = None, wrap
 
 
 def wrap_for(name: str) -> list[Path]:
-    return [ROOT / "tests" / "fsdp_on_cpu.py"] if name == "fsdp_qlora" else []
+    """Loading as on a GPU; FSDP also as if processes had some."""
+    wraps = ["as_if_cuda.py", "fsdp_on_cpu.py"] if name == "fsdp_qlora" else ["as_if_cuda.py"]
+    return [ROOT / "tests" / wrap for wrap in wraps]
 
 
 def finished(folder: Path, done: subprocess.CompletedProcess) -> SimpleNamespace:
@@ -98,6 +100,7 @@ def one(tmp_path_factory, job) -> SimpleNamespace:
 @pytest.fixture(scope="module", params=STRATEGIES)
 def two(request, tmp_path_factory, job) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp(request.param)
+    os.environ["DEVICE_MAPS"] = str(folder / "device_maps.jsonl")
     return finished(folder, train(folder, [*job, "--bf16", "false"], 2, request.param, wrap_for(request.param)))
 
 
@@ -109,6 +112,27 @@ def test_two_processes_equal_one(one, two, request):
     assert two.run["strategy"] == expected
     assert one.run["strategy"] == expected | {"name": "single", "offload": "none", "world_size": 1}
     equal(one, two, rel=1e-4)
+    # ZeRO-3 shards what it loads and takes no device_map; the others load to the GPU of their process
+    expected = [[True, str(rank), None if ran == "ZeRO-3" else {"": rank}] for rank in range(2)]
+    lines = (two.folder / "device_maps.jsonl").read_text().splitlines()
+    assert sorted(map(json.loads, lines), key=lambda load: load[1]) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero3", "fsdp_qlora"])
+def test_without_nf4_references_come_from_shards(name, tmp_path, job, monkeypatch):
+    """Unquantised weights are sharded as they load (zero.Init) or before training; DPO's references need them whole."""
+    job = [*job, "--loss", "dpo", "--load_in_4bit", "false", "--bf16", "false"]
+    one = finished(tmp_path / "one", train(tmp_path / "one", job, 1))
+    monkeypatch.setenv("LMOLT_CACHE", str(tmp_path / "another"))
+    monkeypatch.setenv("DEVICE_MAPS", str(tmp_path / "device_maps.jsonl"))
+    two = finished(tmp_path / "two", train(tmp_path / "two", job, 2, name, wrap_for(name)))
+    assert "computed" in one.run["reference"] and "computed" in two.run["reference"]
+    equal(one, two, rel=1e-4)
+    # FSDP loads the whole model to each GPU, unless the configuration has fsdp_cpu_ram_efficient_loading
+    expected = [[False, str(rank), None if name == "zero3" else {"": rank}] for rank in range(2)]
+    lines = (tmp_path / "device_maps.jsonl").read_text().splitlines()
+    assert sorted(map(json.loads, lines), key=lambda load: load[1]) == expected
 
 
 @pytest.mark.slow

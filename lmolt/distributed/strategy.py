@@ -1,5 +1,6 @@
 """How processes share out the work: what really runs, what it can't do, what can be resumed, and how they part."""
 
+import contextlib
 import json
 import os
 import sys
@@ -97,6 +98,36 @@ def check_resumable(checkpoint: Path, strategy: dict) -> None:
             f"{strategy['triples_per_step']}; give --gradient_accumulation_steps so that processes x batch size x "
             "accumulation stay the same"
         )
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """For forward passes of weights that were shared out as they were loaded (ZeRO-3 without NF4), without an engine.
+
+    All processes have to make the same passes: a decoder layer is whole on each of them while it computes, no longer.
+    """
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        yield
+        return
+    import deepspeed
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole, layers = [m for m in base.modules() if type(m).__name__ in (base._no_split_modules or ())], set()
+    for layer in whole:
+        layers.update(layer.modules())
+    handles = []
+    for module in [*whole, *(m for m in base.modules() if m not in layers)]:
+        parameters = [p for p in module.parameters(recurse=module in layers) if hasattr(p, "ds_id")]
+        if parameters:
+            at_hand = deepspeed.zero.GatheredParameters(parameters)
+            handles.append(module.register_forward_pre_hook(lambda *_, gather=at_hand: gather.__enter__()))
+            leave = lambda *_, gather=at_hand: gather.__exit__(None, None, None)
+            handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def first_decides(function: Callable[[], Any]) -> Any:

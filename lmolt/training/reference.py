@@ -87,7 +87,12 @@ def log_probabilities(trainer, examples: list[Example], identity: dict) -> tuple
     if trainer.args.world_size > 1:
         broadcast_object_list(logps)
     logps = torch.full((len(examples), 3), torch.nan, dtype=torch.float64) if logps[0] is None else logps[0]
-    if not trainer.args.load_in_4bit:
+    if any(p.is_meta for p in trainer.model.parameters()):
+        raise ValueError(
+            "the reference needs the model's weights in every process before they are shared out; set "
+            "fsdp_cpu_ram_efficient_loading: false in accelerate's configuration, or use --load_in_4bit true"
+        )
+    if not trainer.args.load_in_4bit and all(p.numel() for p in trainer.model.parameters()):
         trainer.model.to(device)  # where DeepSpeed and FSDP would bring it later
     trainer.model.eval()
     found = _rows(~logps.isnan().any(1))

@@ -365,6 +365,8 @@ class PreferenceTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return  # FSDP and ZeRO-3 bring all processes here
         folder = Path(output_dir or self.args.output_dir)
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # pickled arguments; they stand in run.json, as text
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -418,7 +420,8 @@ class PreferenceTrainer(Trainer):
         """Give every example its log-probabilities under the model as it stands now; "computed" or "cached"."""
         datasets = [self.train_dataset, *([self.eval_dataset] if self.eval_dataset else [])]
         examples = [example for dataset in datasets for example in dataset.examples]
-        logps, outcome = reference.log_probabilities(self, examples, identity)
+        with strategy.gathered(self.model):
+            logps, outcome = reference.log_probabilities(self, examples, identity)
         for dataset in datasets:
             dataset.references, logps = logps[: len(dataset)], logps[len(dataset) :]
         return outcome
