@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 
+import pytest
 from conftest import QUICK, ROOT
 
 from lmolt.distributed.heartbeat import Heartbeat
@@ -60,3 +61,34 @@ def test_a_stuck_main_thread_is_named_and_slow_saving_is_not(tmp_path, tiny_poli
     what = f"error: {who} makes no progress: none for 2 s, {where}; --stalled_after gives more time; --resume_from"
     assert re.search(what, said), said
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+STARVED = """
+import os, subprocess, sys, time
+from lmolt.distributed.heartbeat import HEARTBEAT
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+busy = "import time; end = time.monotonic() + 20\\nwhile time.monotonic() < end: pass"
+others = [subprocess.Popen([sys.executable, "-c", busy]) for _ in range(4)]
+time.sleep(0.5)
+HEARTBEAT.limit, HEARTBEAT.steps = 0.6, 1
+HEARTBEAT.start()
+HEARTBEAT.progress()
+begin, work = time.monotonic(), time.thread_time()
+while time.thread_time() - work < 0.4:
+    pass
+took = time.monotonic() - begin
+for other in others:
+    other.kill()
+assert took > 1.2, took
+print("waited", flush=True)
+time.sleep(5)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells how long a thread waits for a CPU")
+def test_waiting_for_a_cpu_is_no_standing_still():
+    """0.4 s of work beside four others on one CPU take several limits of 0.6 s; asleep for one limit ends the run."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "LMOLT_LOST_AFTER": "2"}
+    done = subprocess.run([sys.executable, "-c", STARVED], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "waited\n", done.stderr
+    assert done.returncode == 1 and "makes no progress: none for " in done.stderr

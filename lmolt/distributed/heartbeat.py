@@ -4,7 +4,8 @@ A thread of each process writes a count to the store by which the processes foun
 connection of its own) every few seconds, and reads that of the next. One that gives none for LMOLT_LOST_AFTER seconds
 (30) is named, ended if it is on this machine, and the launcher ends the others. The same thread looks at its own main
 thread: in training, where the time from one micro-batch to the next is much longer than any before, the process that is
-behind is named (`limit`). Loading, evaluating and saving take as long as they take.
+behind is named (`limit`). Loading, evaluating and saving take as long as they take, and what a process waits for a CPU
+or for its pages doesn't count: a busy machine is slow, not stuck.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 from torch.distributed import DistStoreError, TCPStore, is_initialized
@@ -62,16 +64,20 @@ class Heartbeat:
 
     def _run(self) -> None:
         beat, neighbour, seen, before, worked = 0, (self.rank + 1) % self.world, None, time.monotonic(), 0.0
-        heard = time.monotonic()
+        heard, done, stalled, waits = time.monotonic(), 0, 0.0, _waits()
         while self.running:
             time.sleep(LOST_AFTER / 10)
             now, beat = time.monotonic(), beat + 1
             if now - before > LOST_AFTER / 2:  # this process itself was stopped, and perhaps all were
-                heard = now
-                self.last = now if self.last is not None else None
+                heard, stalled = now, 0.0
+            if self.last is None or self.done != done:
+                done, stalled = self.done, 0.0
+            earlier, waits = waits, _waits()
+            if not any(now_waited - earlier.get(what, 0.0) > (now - before) / 2 for what, now_waited in waits.items()):
+                stalled += now - before
             before = now
-            if self.last is not None and self.steps and now - self.last > self._limit():
-                self._give_up(self._who_is_behind(now - self.last))
+            if self.steps and stalled > self._limit():
+                self._give_up(self._who_is_behind(stalled))
             if self.store is None:
                 continue
             try:
@@ -130,6 +136,16 @@ class Heartbeat:
                 os.kill(process, signal.SIGKILL)
             time.sleep(GRACE)
         os._exit(1)
+
+
+def _waits() -> dict[str, float]:
+    """Seconds that each thread has been ready to run and had no CPU; a page read from disk again counts as many."""
+    waits = {}
+    with contextlib.suppress(OSError, IndexError, ValueError):  # Linux tells, and a thread may end meanwhile
+        waits["pages"] = 1e9 * int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[9])  # majflt
+        for thread in Path("/proc/self/task").iterdir():
+            waits[thread.name] = int((thread / "schedstat").read_text().split()[1]) / 1e9
+    return waits
 
 
 def _state(pid: int) -> tuple[str | None, float]:
