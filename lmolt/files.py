@@ -62,15 +62,19 @@ def run_main(main: Callable[[list[str]], object], kept: str = "the same command 
             traceback.print_exc()
         expected = isinstance(error, (ValueError, OSError))
         message = " ".join(str(error).split())  # libraries write paragraphs
-        if not expected:
+        full = type(error).__name__ == "OutOfMemoryError"  # torch's, which isn't imported for that
+        if full:
+            message = f"{message.split('. ')[0]}; a smaller --tokens_per_batch or batch size takes less, and so do "
+            message += "--gradient_checkpointing true and --load_in_4bit"
+        elif not expected:
             message = f"{type(error).__name__}: {message}"
         file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
         ours = Path(__file__).parent in Path(file).parents
-        if not expected or ("site-packages" in file and not ours):
+        if not (expected or full) or ("site-packages" in file and expected and not ours):
             message += f" ({file}, line {line})"
         if isinstance(error, ModuleNotFoundError):
             message += "; pip install 'lmolt[all]' brings what LMolT's commands need"
-        if not expected:
+        if not (expected or full):
             message += "; LMOLT_DEBUG=1 shows the whole traceback"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2 if expected else 1)

@@ -30,6 +30,13 @@ def run(code: str, environment: dict | None = None) -> subprocess.CompletedProce
         (r"raise ValueError('a.csv row 3:\n  bad')", 2, "error: a.csv row 3: bad\n"),
         ("open('no/such')", 2, "error: [Errno 2] No such file or directory: 'no/such'\n"),
         ("{}['simpo']", 1, "error: KeyError: 'simpo' (<string>, line 4); LMOLT_DEBUG=1 shows the whole traceback\n"),
+        (
+            "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried')",
+            1,
+            "error: CUDA out of memory; a "
+            "smaller --tokens_per_batch or batch size takes less, and so do --gradient_checkpointing true and "
+            "--load_in_4bit\n",
+        ),
         ("raise KeyboardInterrupt", 130, "\nstopped; all\n"),
         ("sys.exit(75)", 75, ""),
         ("raise BrokenPipeError(32, 'of a socket')", 2, "error: [Errno 32] of a socket\n"),  # not of our output
