@@ -15,162 +15,35 @@ import contextlib
 import itertools
 import json
 import os
-import random
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+sys.path.insert(0, str(ROOT))
 
-INSTRUCTION, SOURCE, CHOSEN, REJECTED = 95, (40, 102), (34, 94), (47, 107)  # tokens: means 166, 64, 77
-SHAPES = {
-    "toy": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-           "num_key_value_heads": 4},
-    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-}  # fmt: skip
-VOCABULARY = 32_000
-
-
-class Skipped(Exception):
-    """A part, or one of its rows, that can't run here, with the reason."""
-
-
-def on_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def device():
-    return "cuda" if on_gpu() else "cpu"
-
-
-def synchronise() -> None:
-    import torch
-
-    if on_gpu():
-        torch.cuda.synchronize()
-
-
-def seconds(function, repeats: int = 5, warm: int = 2) -> float:
-    """Median of a call's time, the device's work included."""
-    for _ in range(warm):
-        function()
-    times = []
-    for _ in range(repeats):
-        synchronise()
-        start = time.perf_counter()
-        function()
-        synchronise()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
-
-
-def fresh_memory() -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if on_gpu():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_gib() -> float:
-    from lmolt.training.efficiency import peak_memory_bytes
-
-    return peak_memory_bytes() / 2**30
-
-
-def matrix_rate() -> float:
-    """FLOP/s of a bf16 matrix product of random numbers, 8192 cubed (fp32 and 1024 on a CPU)."""
-    import torch
-
-    n, dtype = (8192, torch.bfloat16) if on_gpu() else (1024, torch.float32)
-    a, b = (torch.randn(n, n, device=device(), dtype=dtype) for _ in range(2))
-    return 2 * n**3 / seconds(lambda: a @ b, repeats=10)
-
-
-def make_model(shape: str, nf4: bool = True, attention: str | None = None):
-    """A random Llama on the device, its linear layers in NF4 there, without LoRA."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from lmolt.models.attention import TREE
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY if shape != "toy" else 512, max_position_embeddings=4096, **SHAPES[shape],
-        bos_token_id=1, eos_token_id=2, pad_token_id=0, attn_implementation=attention or TREE,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device()):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    if nf4:
-        import bitsandbytes as bnb
-
-        for name, module in list(model.named_modules()):
-            if type(module) is torch.nn.Linear and name != "lm_head":
-                packed = bnb.nn.Linear4bit(
-                    module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16,
-                    compress_statistics=True, quant_type="nf4", quant_storage=torch.bfloat16, device="meta",
-                )  # fmt: skip
-                packed.weight = bnb.nn.Params4bit(
-                    module.weight.data.cpu() if not on_gpu() else module.weight.data, requires_grad=False,
-                    quant_type="nf4", compress_statistics=True, quant_storage=torch.bfloat16,
-                )  # fmt: skip
-                packed.support_avx512bf16_for_cpu = False
-                model.set_submodule(name, packed.to(device()))
-        model.is_loaded_in_4bit = True  # PEFT asks
-    fresh_memory()
-    return model
-
-
-def add_lora(model, dropout: float = 0.1):
-    from peft import LoraConfig, get_peft_model
-
-    model.requires_grad_(False)
-    config = LoraConfig(task_type="CAUSAL_LM", r=64, lora_alpha=16, lora_dropout=dropout, target_modules="all-linear")
-    return get_peft_model(model, config)  # whose weights PEFT makes fp32
-
-
-def checkpoint_layers(model) -> None:
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def make_sequences(triples: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
-    """(prompt, chosen), then (prompt, rejected), of random tokens; two directions' instructions."""
-    draw, top = random.Random(seed), VOCABULARY if on_gpu() else 512
-    ids = lambda n: [draw.randrange(3, top) for _ in range(n)]
-    fixed = random.Random(1)
-    instructions = [[1] + [fixed.randrange(3, top) for _ in range(INSTRUCTION - 1)] for _ in range(2)]
-    chosen, rejected = [], []
-    for i in range(triples):
-        prompt = instructions[i % 2] + ids(draw.randint(*SOURCE))
-        chosen.append((prompt, [*ids(draw.randint(*CHOSEN) - 1), 2]))
-        rejected.append((prompt, [*ids(draw.randint(*REJECTED) - 1), 2]))
-    return chosen + rejected
-
-
-def backbone_flops(model, tokens: int, checkpointing: bool) -> float:
-    """2 P forward, 2 P through activations (2 P more where a layer is computed again), of linear layers, LoRA's too."""
-    linear = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features"))
-    head = model.get_output_embeddings()
-    linear -= head.in_features * head.out_features
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return tokens * (2 * linear * (3 if checkpointing else 2) + 2 * trained)
-
+import gpu_runs  # noqa: E402
+from gpu_models import (  # noqa: E402
+    Skipped,
+    add_lora,
+    backbone_flops,
+    checkpoint_layers,
+    device,
+    fresh_memory,
+    make_model,
+    make_sequences,
+    matrix_rate,
+    on_gpu,
+    peak_gib,
+    seconds,
+    synchronise,
+)  # fmt: skip
 
 # --- parts
 
 
-def versions() -> dict:
+def versions(keep) -> dict:
     import torch
 
     figures = {"matrix_tflops": matrix_rate() / 1e12, "cudnn_sdp": torch.backends.cuda.cudnn_sdp_enabled()}
@@ -185,7 +58,7 @@ def versions() -> dict:
     return figures
 
 
-def tests() -> dict:
+def tests(keep) -> dict:
     """The project's own tests of tree, attention, losses and trainer, with the GPU visible."""
     names = ["tree", "attention", "lora", "losses", "trainer"] if on_gpu() else ["losses"]
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--maxfail=12"]
@@ -199,7 +72,7 @@ def tests() -> dict:
     return {"exit_code": done.returncode, "last": lines[-1:], "failed": failed[:40]}
 
 
-def forms() -> dict:
+def forms(keep) -> dict:
     """Tree (tiles, flex) against plain rows on the device: fp32 and bf16, log-probabilities and gradients."""
     import torch
     from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GptOssConfig, LlamaConfig
@@ -263,7 +136,7 @@ def forms() -> dict:
     return figures
 
 
-def new_shapes() -> dict:
+def new_shapes(keep) -> dict:
     """What a new shape costs SDPA with a mask, with cuDNN's attention and without: forward and backward, ms each."""
     import torch
     from torch.nn import functional as F
@@ -291,7 +164,7 @@ def new_shapes() -> dict:
     return figures
 
 
-def attention() -> dict:
+def attention(keep) -> dict:
     """Attention alone of one layer, forward and backward: tiles, FlexAttention, one mask over the row."""
     import torch
 
@@ -318,7 +191,7 @@ def attention() -> dict:
     return figures
 
 
-def head() -> dict:
+def head(keep) -> dict:
     """The head's log-probabilities and their gradient, of 2,256 positions, in chunks."""
     import torch
 
@@ -343,7 +216,7 @@ def head() -> dict:
     return figures
 
 
-def steps() -> dict:
+def steps(keep) -> dict:
     """Training steps (CPO, forward, backward, AdamW) of LMolT at 1, 8, 16, 32 triples, checkpointing off and on."""
     import warnings
 
@@ -415,146 +288,18 @@ def steps() -> dict:
                         figures["kernels_ms"] = {e.key[:90]: round(e.self_device_time_total / 1000, 2) for e in busiest}
                         figures["kernels_total_ms"] = sum(e.self_device_time_total for e in events) / 1000
                         figures["launches"] = sum(e.count for e in events)
-                    write("steps", figures)
+                    keep(figures)
             del model, optimizer
     return figures
-
-
-def trl() -> dict:
-    """TRL's CPO trainer with Liger's kernels on the same triples and model, beside our trainer."""
-    try:
-        import datasets  # noqa: F401
-        import trl  # noqa: F401
-    except ImportError as error:
-        raise Skipped(f"{error}; pip install -r benchmarks/requirements.txt") from error
-    figures = {}
-    for batch in (32, 8) if on_gpu() else (2,):
-        for system, setting in (
-            ("lmolt", {}),
-            ("trl", {"use_liger_kernel": True}),
-            ("lmolt", {"use_liger_kernel": True}),
-            ("trl", {"use_liger_kernel": True, "gradient_checkpointing": True}),
-            ("lmolt", {"use_liger_kernel": True, "gradient_checkpointing": True}),
-        ):
-            if not on_gpu() and setting:
-                continue
-            name = f"{system}_{batch}" + "_liger" * ("use_liger_kernel" in setting)
-            name += "_checkpointing" * ("gradient_checkpointing" in setting)
-            command = [sys.executable, __file__, "--trainer", system, str(batch), json.dumps(setting)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=150)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if lines:
-                figures |= {f"{name}_{k}": v for k, v in json.loads(lines[0][7:]).items()}
-            else:
-                figures[name] = "failed: " + done.stderr[-700:]
-            write("trl", figures)
-        for setting in ("", "_checkpointing"):  # each against its like, with Liger where that ran
-            ours, theirs = (
-                f"{s}_{batch}{k}{setting}" for s, k in (("lmolt", "_liger" * on_gpu()), ("trl", "_liger" * on_gpu()))
-            )
-            if f"{ours}_step_s" in figures and f"{theirs}_step_s" in figures:
-                figures[f"speedup_{batch}{setting}"] = figures[f"{theirs}_step_s"] / figures[f"{ours}_step_s"]
-                figures[f"memory_{batch}{setting}"] = figures[f"{ours}_peak_gib"] / figures[f"{theirs}_peak_gib"]
-    return figures
-
-
-def one_trainer(system: str, batch: int, setting: dict) -> None:
-    """Some steps of one trainer, in a process of its own; prints RESULT."""
-    import tempfile
-
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
-
-    count = 6
-    size = VOCABULARY if on_gpu() else 512
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, size)}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    text = lambda ids: " ".join(f"w{i}" for i in ids if i > 2)
-    rows, examples = [], []
-    for step in range(count):
-        sequences = make_sequences(batch, step)
-        for (prompt, chosen), (_, rejected) in zip(sequences[:batch], sequences[batch:], strict=True):
-            rows.append({"prompt": text(prompt), "chosen": text(chosen), "rejected": text(rejected)})
-            examples.append((prompt, chosen, rejected))
-    moments = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_, **__):
-            synchronise()
-            moments.append(time.perf_counter())
-
-    common = {
-        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": batch, "gradient_accumulation_steps": 1,
-        "max_steps": count, "learning_rate": 5e-5, "optim": "adamw_torch_fused", "bf16": True,
-        "use_cpu": not on_gpu(), "report_to": "none", "save_strategy": "no", "eval_strategy": "no",
-        "disable_tqdm": True, "seed": 0, "gradient_checkpointing": False,
-    } | setting  # fmt: skip
-    if common.get("use_liger_kernel"):  # its fused head takes the loss of plain language models only
-        common["liger_kernel_config"] = {
-            "fused_linear_cross_entropy": False,
-            "rms_norm": True,
-            "swiglu": True,
-            "rope": True,
-        }
-    if common["gradient_checkpointing"]:
-        common["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    shape = "7B" if on_gpu() else "toy"
-    if system == "lmolt":
-        from lmolt.training.batches import Example
-        from lmolt.training.trainer import PreferenceArguments, PreferenceTrainer
-
-        model = add_lora(make_model(shape), dropout=0.0)
-        if common.pop("use_liger_kernel", False):
-            from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-            _apply_liger_kernel_to_instance(model=model.get_base_model(), **common.pop("liger_kernel_config"))
-        examples = [
-            Example(str(i), "mol2cap" if i % 2 == 0 else "cap2mol", *map(token_ids, triple), token_ids([]))
-            for i, triple in enumerate(examples)
-        ]
-        arguments = PreferenceArguments(loss="cpo", load_best_model_at_end=False, **common)
-        trainer = PreferenceTrainer(model, arguments, examples, [], processing_class=tokenizer)
-        trainer._model_is_proved = True
-    else:
-        from datasets import Dataset
-        from peft import LoraConfig
-        from trl.experimental.cpo import CPOConfig, CPOTrainer
-
-        model = make_model(shape, attention="sdpa")
-        lora = LoraConfig(task_type="CAUSAL_LM", r=64, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
-        arguments = CPOConfig(max_length=1024, max_completion_length=512, beta=0.1, cpo_alpha=1.0, **common)
-        trainer = CPOTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            peft_config=lora,
-        )
-    trainer.add_callback(Clock())
-    fresh_memory()
-    trainer.train()
-    took = [b - a for a, b in zip(moments, moments[1:], strict=False)]
-    took = sorted(took)[len(took) // 2]  # the first steps compile
-    figures = {"attention": trainer.attention, "ms_a_layer": trainer.attention_ms} if system == "lmolt" else {}
-    print(
-        "RESULT " + json.dumps(figures | {"step_s": took, "triples_per_s": batch / took, "peak_gib": peak_gib()}),
-        flush=True,
-    )
-
-
-def token_ids(ids):
-    from array import array
-
-    return array("i", ids)
 
 
 # --- running
 
 
 PARTS = {"versions": versions, "forms": forms, "new_shapes": new_shapes, "attention": attention, "head": head,
-         "steps": steps, "trl": trl, "tests": tests}  # fmt: skip
+         "steps": steps, "trl": gpu_runs.trl, "tests": tests, "memory": gpu_runs.memory,
+         "references": gpu_runs.references, "translating": gpu_runs.translating, "strategies": gpu_runs.strategies,
+         "resume": gpu_runs.resume, "out_of_memory": gpu_runs.out_of_memory}  # fmt: skip
 OUTPUT = ROOT / "runs" / "bench" / "gpu"
 
 
@@ -589,11 +334,11 @@ def main() -> None:
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     if args.trainer:
-        one_trainer(args.trainer[0], int(args.trainer[1]), json.loads(args.trainer[2]))
+        gpu_runs.one_trainer(args.trainer[0], int(args.trainer[1]), json.loads(args.trainer[2]))
         return
     if args.one:
         try:
-            write(args.one, PARTS[args.one](), "finished")
+            write(args.one, PARTS[args.one](lambda figures: write(args.one, figures)), "finished")
         except Skipped as reason:
             write(args.one, {}, f"skipped: {reason}")
         return

@@ -23,14 +23,25 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 EPOCHS = 3
-LOSSES = ("sft", "dpo", "cpo", "kto")
-# what TRL leaves to choose on a CPU; its DPO, KTO and SFT always score with a chunked head, its CPO never
+LOSSES = ("sft", "dpo", "cpo", "kto")  # the paper's; --losses takes more
+# what TRL leaves to choose on a CPU; its DPO, KTO and SFT always score with a chunked head, its CPO and ORPO never
+OF_DPO = [{}, {"precompute_ref_log_probs": True}]
 TRL_SETTINGS = {
     "sft": [{}, {"padding_free": True}],
-    "dpo": [{}, {"precompute_ref_log_probs": True}],
+    "dpo": OF_DPO,
     "cpo": [{}],
     "kto": [{}, {"precompute_ref_log_probs": True}],
+    "simpo": [{"loss_type": "simpo", "cpo_alpha": 0.0}],
+    "cpo_simpo": [{"loss_type": "simpo"}],
+    "orpo": [{}],
 }
+# TRL's loss_type and label_smoothing in its DPO trainer
+DPO_TYPES = {
+    "ipo": ("ipo", 0.0), "hinge": ("hinge", 0.0), "robust_dpo": ("robust", 0.1), "dpo_norm": ("sigmoid_norm", 0.0),
+    "apo_zero": ("apo_zero", 0.0), "apo_down": ("apo_down", 0.0),
+}  # fmt: skip
+for _loss, (_type, _smoothing) in DPO_TYPES.items():
+    TRL_SETTINGS[_loss] = [{"loss_type": _type, "label_smoothing": _smoothing} | setting for setting in OF_DPO]
 
 
 def make_triples(chebi20: str | None, count: int) -> list[dict]:
@@ -143,8 +154,10 @@ def run_ours(args, loss: str, folder: Path, triples: list[dict], output_dir: str
         reference.compute(trainer, examples)
         once = time.perf_counter() - started
         trainer.set_references({"benchmark": f"{time.time()}"})
+    rate = matrix_rate(args)
     result = time_steps(trainer, args)
     efficiency = trainer.efficiency
+    flops = flops_of_steps(trainer) / args.steps
     return result | {
         "once_per_triple": once / len(examples),
         "scored_tokens_per_step": statistics.mean(len(e.chosen) + len(e.rejected) for e in examples) * args.batch,
@@ -152,7 +165,35 @@ def run_ours(args, loss: str, folder: Path, triples: list[dict], output_dir: str
         "chosen": statistics.mean(len(e.chosen) for e in examples),
         "rejected": statistics.mean(len(e.rejected) for e in examples),
         "packed": efficiency.packed_tokens,
+        "gflop": flops / 1e9,
+        "matrix_gflops": rate / 1e9,
+        "share": flops / result["step_seconds"] / rate,
     }
+
+
+def matrix_rate(args) -> float:
+    """FLOP/s of a matrix product of random numbers, 2048 cubed, in the precision of training: the best of ten."""
+    import torch
+
+    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16 if args.bf16 else torch.float32) for _ in range(2))
+    a, b = (a.cuda(), b.cuda()) if args.gpu else (a, b)
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
+        (a @ b).sum().item()
+        times.append(time.perf_counter() - started)
+    return 2 * 2048**3 / min(times)
+
+
+def flops_of_steps(trainer) -> int:
+    """Floating-point operations of all products of an epoch's steps, forward and backward, as torch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        for batch in trainer.get_train_dataloader():
+            loss, _ = trainer._forward(trainer.model, batch, **trainer._normalisers([batch]))
+            loss.backward()
+    return counter.get_total_flops()
 
 
 def run_trl(args, loss: str, folder: Path, triples: list[dict], output_dir: str, setting: dict) -> dict:
@@ -173,16 +214,21 @@ def run_trl(args, loss: str, folder: Path, triples: list[dict], output_dir: str,
 
         rows = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows]
         arguments |= {"completion_only_loss": True, "max_length": None}
-    elif loss == "dpo":
+    elif loss == "dpo" or loss in DPO_TYPES:
         from trl import DPOConfig as Config
         from trl import DPOTrainer as Trainer
 
-        arguments |= {"max_length": 4096, "beta": 0.1}
-    elif loss == "cpo":
+        arguments = {"max_length": 4096, "beta": 0.1} | arguments
+    elif loss in ("cpo", "simpo", "cpo_simpo"):
         from trl.experimental.cpo import CPOConfig as Config
         from trl.experimental.cpo import CPOTrainer as Trainer
 
-        arguments |= {"max_length": 4096, "max_completion_length": 2048, "beta": 0.1, "cpo_alpha": 1.0}
+        arguments = {"max_length": 4096, "max_completion_length": 2048, "beta": 0.1, "cpo_alpha": 1.0} | arguments
+    elif loss == "orpo":
+        from trl.experimental.orpo import ORPOConfig as Config
+        from trl.experimental.orpo import ORPOTrainer as Trainer
+
+        arguments = {"max_length": 4096, "max_completion_length": 2048, "beta": 0.1} | arguments
     else:
         from trl import KTOConfig as Config
         from trl import KTOTrainer as Trainer
@@ -252,7 +298,14 @@ def main() -> None:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--chebi20", help="ChEBI-20's file; default: the embedded pairs")
-    parser.add_argument("--losses", nargs="+", default=LOSSES, choices=LOSSES)
+    parser.add_argument(
+        "--losses",
+        nargs="+",
+        default=LOSSES,
+        choices=list(TRL_SETTINGS),
+        metavar="LOSS",
+        help=f"of {', '.join(TRL_SETTINGS)}",
+    )
     parser.add_argument("--batch", type=int, default=8, help="triples a step")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=512)
@@ -292,6 +345,12 @@ def main() -> None:
             for setting, result in peers:
                 report(loss, f"trl {setting or ''}", result, args)
             setting, best = min(peers, key=lambda peer: cost(peer[1], args))
+            print(
+                f"  {loss} lmolt: {ours['gflop']:,.0f} GFLOP a step, matrix products at {ours['matrix_gflops']:,.0f} "
+                f"GFLOP/s: {ours['share']:.0%} of that",
+                flush=True,
+            )
+            figures |= {f"{loss}_{key}": ours[key] for key in ("gflop", "matrix_gflops", "share")}
             figures[f"{loss}_speedup"] = cost(best, args) / cost(ours, args)
             figures[f"{loss}_memory_ratio"] = ours["peak_bytes"] / min(r["peak_bytes"] for _, r in peers)
             figures[f"{loss}_trl_setting"] = json.dumps(setting)

@@ -9,7 +9,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-MAY_BE_SKIPPED = {"new_shapes": "no GPU", "trl": "pip install -r benchmarks/requirements.txt"}
+MAY_BE_SKIPPED = {
+    "new_shapes": "no GPU",
+    "memory": "no GPU",
+    "out_of_memory": "no GPU",
+    "trl": "pip install -r benchmarks/requirements.txt",
+}
 
 
 def run(*arguments):
@@ -25,7 +30,8 @@ def test_all_parts_end_on_a_cpu_and_finished_ones_are_skipped(tmp_path):
     done = run("--output", tmp_path)
     assert done.returncode == 0, done.stderr
     parts = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
-    assert set(parts) == {"versions", "forms", "new_shapes", "attention", "head", "steps", "trl", "tests"}
+    names = "versions forms new_shapes attention head steps trl tests memory references translating strategies resume"
+    assert set(parts) == {*names.split(), "out_of_memory"}
     for name, part in parts.items():
         if name in MAY_BE_SKIPPED and part["state"].startswith("skipped"):
             assert MAY_BE_SKIPPED[name] in part["state"]
@@ -35,6 +41,11 @@ def test_all_parts_end_on_a_cpu_and_finished_ones_are_skipped(tmp_path):
             assert not [value for value in part["figures"].values() if str(value).startswith("failed")]
     assert parts["forms"]["figures"]["llama_float32_tiles_nats"] < 1e-3
     assert parts["tests"]["figures"]["exit_code"] == 0
+    strategies = parts["strategies"]["figures"]
+    losses = [strategies[f"{name}_loss"] for name in ("ddp", "zero2", "zero3")]
+    assert losses == pytest.approx(losses[:1] * 3, rel=1e-3)
+    resumed = parts["resume"]["figures"]
+    assert resumed["exit_code"] == 75 and resumed["steps"] == 6 and resumed["largest_difference"] == 0
     again = run("--output", tmp_path, "head")
     assert "head: done" in again.stdout
 
