@@ -4,11 +4,16 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+from conftest import ROOT
 from rdkit import Chem, DataStructs
 from rdkit.Chem import AllChem, MACCSkeys
 
@@ -208,6 +213,20 @@ def _end(item: str):
     if item == "data":
         raise ValueError(item)
     return item.upper()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_busy_worker_ends_with_its_parent():
+    code = "import test_metrics_molecules as t; t.workers.in_processes(t._end, ['loop'])"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
+    process = psutil.Process(parent.pid)
+    while not (busy := [child for child in process.children() if child.cpu_times().user > 1.5]):
+        assert parent.poll() is None
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    assert psutil.wait_procs(busy, timeout=3)[1] == []  # it would have 5 s of the processor
 
 
 def test_workers_tell_why_an_item_has_no_result(monkeypatch, tmp_path):

@@ -150,8 +150,11 @@ def serve() -> None:
     os.dup2(2, 1)  # what a library prints is no result
     limited = hasattr(signal, "setitimer")
     if limited:
+        import fcntl
         import resource
 
+        fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+        flags = fcntl.fcntl(0, fcntl.F_GETFL)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from rdkit.rdBase import BlockLogs
@@ -164,6 +167,7 @@ def serve() -> None:
             for item in items:
                 if limited:
                     signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the process
+                    fcntl.fcntl(0, fcntl.F_SETFL, flags | os.O_ASYNC)  # and SIGIO, when its parent's end is closed
                 try:
                     result = True, function(item)
                 except MemoryError:
@@ -173,6 +177,7 @@ def serve() -> None:
                 except ValueError as error:
                     result = False, error
                 if limited:
+                    fcntl.fcntl(0, fcntl.F_SETFL, flags)
                     signal.setitimer(signal.ITIMER_PROF, 0)
                 pickle.dump(result, results)
                 results.flush()
