@@ -200,6 +200,30 @@ def test_a_state_that_leaks_between_branches_turns_a_cell_red(kind, seconds, tmp
     assert packing == "padded" and "tree-packed scoring differs from plain attention on" in said[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [2, 200])
+def test_what_rounding_could_hide_is_seen_in_fp32(dtype, length, tmp_path, monkeypatch):
+    """Whole nats of a long sequence, which bf16's rounding explains here, and outputs of two tokens."""
+    sequences = [(prompt, _ids(length) + [2]) for prompt in PROMPTS for _ in "ab"]
+
+    def packing(kind):
+        model, said = loading.load_base(str(zoo.save_tiny(kind, tmp_path / kind)), dtype=dtype), []
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        found = self_check.choose_scoring(model, sequences, "tree", "cpu", torch.no_grad, said.append)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert all(tensor.dtype == before[name].dtype for name, tensor in model.state_dict().items())
+        return found, said[0]
+
+    for kind in ("llama", "gpt_oss", "gemma3_text", "phi3"):
+        assert packing(kind)[0] == "tree", f"{kind} is right and is not taken"
+    monkeypatch.setattr(attention, "_attend", without_sinks(attention._attend))
+    found, line = packing("gpt_oss")
+    assert found == "padded" and line.startswith("self-check: in fp32, tree-packed scoring differs from plain")
+    monkeypatch.setattr(self_check, "why_not_tree", lambda _: None)
+    monkeypatch.setattr(tree, "layer_kinds", lambda _: {attention.FULL: (None, None)})
+    assert packing("lfm2")[0] == "padded"
+
+
 FAULTS = {  # with no time for more than a part: each is seen in it
     "gpt_oss": lambda patch: patch.setattr(attention, "_attend", without_sinks(attention._attend)),
     "gemma3_text": lambda patch: patch.setattr(tree, "layer_kinds", one_window(attention.layer_kinds)),

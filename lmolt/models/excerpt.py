@@ -26,6 +26,7 @@ class Excerpt:
     layers: int
     of_layers: int
     left_out: tuple[str, ...] = ()
+    few: int = 0  # of the layers, those that have each kind among them
 
     def __str__(self) -> str:
         """What is not looked at; empty where all is."""
@@ -95,7 +96,7 @@ def excerpt(
     left = [f"{len(every) - len(chosen)} of {len(every)} sequences"] * (len(chosen) < len(every))
     reached = max(len(prompt) + len(output) for prompt, output in chosen)
     left += [f"tokens beyond {reached} of {longest}"] * (reached < longest)
-    return Excerpt(chosen, layers, total, tuple(left))
+    return Excerpt(chosen, layers, total, tuple(left), few)
 
 
 def cut(sequence: tuple[list[int], list[int]], length: int) -> tuple[list[int], list[int]]:
@@ -143,6 +144,36 @@ def first_layers(model, count: int):
         yield
     finally:
         setattr(holder, name, layers)
+
+
+@contextmanager
+def in_fp32(model):
+    """The model computing in fp32: a copy of what floating weights it has now, so of the first layers, not of all."""
+    four = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    packed = {id(module.weight) for module in four}  # bits that are stored as if they were bf16
+    floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and id(t) not in packed]
+    low = [tensor for tensor in floats if tensor.dtype != torch.float32]
+    before = [tensor.data for tensor in low]
+    kept = [(module.compute_dtype, module.support_avx512bf16_for_cpu) for module in four]
+    try:
+        for tensor in low:
+            tensor.data = tensor.data.float()
+        for module in four:
+            module.compute_dtype, module.support_avx512bf16_for_cpu = torch.float32, False
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield
+    finally:
+        for tensor, data in zip(low, before, strict=True):
+            tensor.data = data
+        for module, (dtype, kernel) in zip(four, kept, strict=True):
+            module.compute_dtype, module.support_avx512bf16_for_cpu = dtype, kernel
+
+
+def is_exact(model) -> bool:
+    """Whether all of its weights are fp32 and it computes in it."""
+    return all(p.dtype == torch.float32 for p in model.parameters()) and not torch.is_autocast_enabled(
+        next(model.parameters()).device.type
+    )
 
 
 def _list_of_layers(model) -> tuple[torch.nn.Module, str] | None:
