@@ -398,6 +398,7 @@ REFUSED = {
         lambda folder: change_tensors(folder, lambda t: t.update({KEY: t[KEY][:3].clone()})),
         r"factors \[3, 32\] and \[32, 4\] don't fit each other",
     ),
+    "other_rank": (lambda folder: change_config(folder, r=8), "q_proj.lora_A.weight has rank 4, .* says 8"),
     "nan": (lambda folder: change_tensors(folder, lambda t: t[KEY].fill_(float("nan"))), "q_proj.* holds NaN"),
     "cut": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"123"), "not a safetensors file"),
     "none": (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json: there is no such file"),

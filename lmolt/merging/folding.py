@@ -156,10 +156,13 @@ class Adapter:
         if kind == "parameter" and len(shape := self._parameter_shape(parameter)) == 3:
             experts, rank = shape[0], rank // shape[0]
         alpha, module = self.config["lora_alpha"], parameter if kind == "parameter" else parameter.rpartition(".")[0]
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT: the end of a name
-                alpha = value
-                break
+        of = lambda patterns, rest: next(  # as PEFT: the first that is the end of the name
+            (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), rest
+        )
+        alpha = of(self.config.get("alpha_pattern"), alpha)
+        said = of(self.config.get("rank_pattern"), self.config.get("r", 8))
+        if rank != said and rank * experts == self._shape(part["B"])[-1]:  # else the two don't fit each other
+            raise ValueError(f"{self.file}: {key} has rank {rank}, adapter_config.json says {said}; save it again")
         scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         transposed = experts > 1 and self._is_transposed(parameter)
         return Change(kind, (part["A"], part["B"]), part.get("magnitude"), part.get("copy"), scale, experts, transposed)
