@@ -67,7 +67,8 @@ def content(folder: Path) -> dict[str, object]:
         if "checkpoint-" in name or "efficiency" in path.name:
             continue
         if path.name == ".lmolt.jsonl" or path.parent.name == "journal":
-            found[name] = sorted(filter(None, path.read_text().split("\n")))
+            lines = path.read_text().split("\n")  # SIGTERM saves a checkpoint more
+            found[name] = sorted(line for line in lines if line and '"checkpoint-' not in line)
         elif (
             path.suffix in (".safetensors", ".parquet", ".jsonl", ".csv", ".tex") or path.name == "adapter_config.json"
         ):

@@ -3,13 +3,10 @@
 import hashlib
 import json
 import os
-import random
 import shutil
-import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -354,42 +351,6 @@ def test_verify_works_tensors_out_again(merge, abc, tmp_path):
     rewrite(abc[0], lambda tensors: [tensor.mul_(1.5) for tensor in tensors.values()])
     with pytest.raises(ValueError, match=r"weight: .* of its values are not the formula's"):
         merge("--verify", tmp_path / "O")
-
-
-def big_models(folder: Path) -> list[Path]:
-    """Two models of 24 tensors, 8 million values together: a merge of a few tenths of a second."""
-    folders = []
-    for name in "ab":
-        generator = torch.Generator().manual_seed(ord(name))
-        folders.append(folder / name)
-        folders[-1].mkdir()
-        (folders[-1] / "config.json").write_text("{}")
-        tensors = {f"w{i:02}": torch.randn(600, 600, generator=generator).bfloat16() for i in range(24)}
-        save_file(tensors, folders[-1] / "model.safetensors")
-    return folders
-
-
-@pytest.mark.slow
-def test_killed_at_ten_moments_it_goes_on_to_the_same_bytes(tmp_path):
-    a, b = big_models(tmp_path)
-    command = [sys.executable, SCRIPT, "--method", "ties", "--models", a, b, "--base", a, "--weights", "1", "1"]
-    began = time.perf_counter()
-    subprocess.run([*command, "--output", tmp_path / "whole"], check=True, capture_output=True)
-    seconds = time.perf_counter() - began
-    whole = digests(tmp_path / "whole")
-    dice, killed = random.Random(0), 0
-    for moment in range(10):
-        output = tmp_path / "O"
-        process = subprocess.Popen([*command, "--output", output], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(seconds * dice.uniform(0.3, 1.0))
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-        assert not output.exists() or digests(output)["model.safetensors"] == whole["model.safetensors"], moment
-        subprocess.run([*command, "--output", output, "--resume"], check=True, capture_output=True)
-        again = digests(output)
-        assert {name for name in whole if again[name] != whole[name]} <= {"README.md"}  # its title is the folder's name
-        shutil.rmtree(output)
-    assert killed >= 5
 
 
 def test_another_merges_journal_is_refused(merge, abc, tmp_path):
