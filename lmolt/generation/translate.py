@@ -13,6 +13,7 @@ Rows that have ended leave the batch. A journal keeps each finished row on disk,
 import hashlib
 import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from datetime import timedelta
@@ -191,7 +192,8 @@ def translate(
             prompts, max_new_tokens=max_new_tokens, counts=counts, journal=journal, progress=progress, **sampling
         )
     state = process_state()
-    say = tqdm.write if state.is_main_process else lambda _: None
+    place = sys.stdout if progress else sys.stderr  # where none is shown, translate.py prints its outputs to the former
+    say = (lambda line: tqdm.write(line, file=place)) if state.is_main_process else lambda _: None
     settings = Settings(
         max_new_tokens, num_beams, num_return, temperature, top_p, repetition_penalty, no_repeat_ngram_size
     )
