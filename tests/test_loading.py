@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import zoo
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -125,6 +126,13 @@ def test_experts_in_one_tensor_have_no_adapter_and_it_trains_with_dropout(tmp_pa
     policy.train()(torch.arange(3, 20)[None]).logits.sum().backward()
     gradients = [p.grad for name, p in policy.named_parameters() if "lora_B" in name]
     assert len(gradients) == 8 and all(g.abs().max() > 0 for g in gradients)
+
+
+def test_a_router_that_is_a_linear_layer_of_its_own_kind_has_no_adapter(tmp_path):
+    policy = loading.add_adapter(load(zoo.save_tiny("llama4_text", tmp_path)), None, r=2, alpha=4, dropout=0.1,
+                                 target_modules="all-linear")  # fmt: skip
+    assert not any("router" in name for name, _ in policy.named_parameters() if "lora_" in name)
+    policy.train()(torch.arange(3, 20)[None]).logits.sum().backward()
 
 
 def test_a_vision_tower_has_no_adapter(tmp_path, capsys):

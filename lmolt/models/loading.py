@@ -299,7 +299,10 @@ def _targets(model, target_modules: str) -> str | list[str]:
     linear = {name: m for name, m in linear.items() if m is not model.get_output_embeddings()}
     text = [name for name, module in linear.items() if id(module) in of_text]
     fused = any(p.ndim == 3 and re.search(r"experts\b", name) for name, p in decoder.named_parameters())
-    kept = [name for name in text if not (fused and name.rpartition(".")[2] in EXPERTS)]
+    # a model's own kind of linear layer gives more than a product (Llama 4's router), which PEFT can't add to
+    theirs = ("transformers.models.", "transformers_modules.")
+    own = {name for name in text if type(linear[name]).__module__.startswith(theirs)}
+    kept = [name for name in text if name not in own and not (fused and name.rpartition(".")[2] in EXPERTS)]
     if len(text) < len(linear):
         others = len(linear) - len(text)
         say(f"adapter: on the {len(text)} linear layers of the text model; {others} of other towers have none")
@@ -308,6 +311,8 @@ def _targets(model, target_modules: str) -> str | list[str]:
             f"adapter: on {len(kept)} linear layers, none on the experts (fused in one tensor a layer)"
             + f" nor on {len(text) - len(kept)} layers beside them" * (len(kept) < len(text))
         )
+    if own and not fused:
+        say(f"adapter: none on {len(own)} layers of the model's own kind, such as {min(own)}")
     return target_modules if kept == list(linear) and not fused else kept
 
 
