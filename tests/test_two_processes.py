@@ -132,3 +132,48 @@ def test_a_cache_for_each_process_is_no_reason_to_wait(tmp_path, tiny_policy, fe
         assert done.returncode == 0, done.stderr[-2000:]
         assert f"log-probabilities {outcome}" in done.stdout
     assert [folder.name for folder in tmp_path.glob("cache?")] == ["cache0"]
+
+
+SHARE = """
+import os, sys
+from accelerate import PartialState
+from lmolt.distributed.strategy import shared_out
+rank = PartialState(cpu=True).process_index
+computed = []
+rows = [str(i) for i in range(5)]
+if sys.argv[1] == "other" and rank == 1:
+    rows[2] = "x"
+def encode(row):
+    if row == sys.argv[1]:
+        raise ValueError(f"row {row} is wrong")
+    computed.append(row)
+    return row * 2
+try:
+    said = "".join(shared_out(encode, rows))
+except ValueError as error:
+    said = error
+os.write(1, f"{rank} {len(computed)} {said}\\n".encode())
+PartialState().wait_for_everyone()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("right", ["0 3 0011223344", "1 2 0011223344"]),
+        ("3", ["0 3 row 3 is wrong (process 1)", "1 1 row 3 is wrong (process 1)"]),
+        (
+            "other",
+            [f"{rank} 0 process 1 reads other rows than the first; give all machines the same file" for rank in (0, 1)],
+        ),
+    ],
+)
+def test_each_process_computes_its_share(case, said, tmp_path):
+    (tmp_path / "two.yaml").write_text(TWO)
+    (tmp_path / "share.py").write_text(SHARE)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "two.yaml"]
+    command += ["--main_process_port", free_port(), tmp_path / "share.py", case]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=120)
+    assert sorted(done.stdout.splitlines()) == said, done.stderr[-2000:]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from xxhash import xxh3_128_hexdigest
 
 from lmolt.distributed.heartbeat import HEARTBEAT
 
@@ -154,6 +155,30 @@ def all_agree(wrong: str | None) -> None:
     for rank, text in enumerate(said):
         if text:
             raise ValueError(text + f" (process {rank})" * (state.num_processes > 1))
+
+
+def shared_out(function: Callable[[Any], Any], rows: list) -> list:
+    """[function(row) for row in rows] on all processes, each of which computes its share.
+
+    A `ValueError` of one is one of all, and so are rows that differ between them: another machine's file may be older.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return list(map(function, rows))
+    seen = gather_object([xxh3_128_hexdigest(repr(rows).encode())])
+    if len(set(seen)) > 1:
+        other = next(rank for rank, digest in enumerate(seen) if digest != seen[0])
+        raise ValueError(f"process {other} reads other rows than the first; give all machines the same file")
+    own, wrong = [], None
+    try:
+        own = [function(row) for row in rows[state.process_index :: state.num_processes]]
+    except ValueError as error:
+        wrong = str(error)
+    all_agree(wrong)
+    whole: list = [None] * len(rows)
+    for rank, share in enumerate(gather_object([own])):
+        whole[rank :: state.num_processes] = share
+    return whole
 
 
 def exit_other_processes(code: int = 0) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from lmolt.distributed.strategy import shared_out
 from lmolt.prompts import build_prompt, encode_output, encode_prompt
 
 
@@ -68,14 +69,18 @@ def encode_triples(
 
     Returns the examples and how many were dropped, by cause. Nothing is ever cut. Without `with_rejected`, for a loss
     that doesn't read it, the dis-preferred output is left out and nothing is asked of it. Prompts are of a `style` of
-    lmolt/prompts.py, which says too how an output's first token joins them.
+    lmolt/prompts.py, which says too how an output's first token joins them. Processes tokenize a share each.
     """
-    examples, dropped, long = [], Counter(), []
-    for row, triple in enumerate(triples, start=1):
+
+    def encode(triple: dict) -> list[array]:
         asked = build_prompt(triple["direction"], triple["source"], style)
-        prompt = array("i", encode_prompt(tokenizer, asked))
-        chosen = array("i", encode_output(tokenizer, triple["chosen"], asked))
-        rejected = array("i", encode_output(tokenizer, triple["rejected"], asked) if with_rejected else [])
+        outputs = [triple["chosen"], *([triple["rejected"]] if with_rejected else [])]
+        ids = [encode_prompt(tokenizer, asked), *(encode_output(tokenizer, output, asked) for output in outputs)]
+        return [array("i", its) for its in [*ids, *([] if with_rejected else [[]])]]
+
+    examples, dropped, long = [], Counter(), []
+    encoded = shared_out(encode, triples)
+    for row, (triple, (prompt, chosen, rejected)) in enumerate(zip(triples, encoded, strict=True), start=1):
         length = len(prompt) + max(len(chosen), len(rejected))
         if length > max_length:
             long.append((length, row, triple["id"]))
