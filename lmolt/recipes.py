@@ -125,7 +125,7 @@ def read_recipe(path: Path, anchors: bool = False) -> dict:
         problem = getattr(error, "problem", None) or str(error)
         raise ValueError(f"{path}{line}: not a YAML mapping ({' '.join(str(problem).split())[:200]})") from None
     if values is None:
-        raise ValueError(f"{path}: it is empty; a recipe is `key: value` lines")
+        raise ValueError(f"{path} line 1: it is empty; a recipe is `key: value` lines")
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is a mapping `key: value`, not a {type(values).__name__}")
     return values

@@ -249,7 +249,7 @@ def test_spreadsheets_encodings_separators_and_gzip(tmp_path, encoding):
     for name in ("p.csv", "p.csv.gz"):
         assert read_pairs(tmp_path / name) == [{"id": "7", "molecule": "CCO", "caption": "β, an alcohol"}]
     (tmp_path / "p.csv.gz").write_bytes(gzip.compress(data)[:-9])
-    with pytest.raises(ValueError, match="p.csv.gz: not a whole gzip file"):
+    with pytest.raises(ValueError, match="p.csv.gz after byte 0 of its content: not a whole gzip file"):
         read_pairs(tmp_path / "p.csv.gz")
 
 
