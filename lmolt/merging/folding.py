@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from lmolt.files import content_hash
 from lmolt.merging.architecture import read_architecture
 from lmolt.merging.checkpoints import Checkpoint
-from lmolt.merging.lora_config import WAY_OUT, read_config
+from lmolt.merging.lora_config import WAY_OUT, is_targeted, read_config
 from lmolt.merging.safetensors_io import STORAGE, Entry, decode, encode, read_bits
 
 BLOCK = 1 << 22  # values of the delta at a time: 16 MiB
@@ -150,16 +150,21 @@ class Adapter:
         kind = self.architecture.kind(parameter)
         if any(parameter == name or parameter.endswith(f".{name}") for name in bare):
             kind = "parameter"
+        module = parameter if kind == "parameter" else parameter.rpartition(".")[0]
+        if kind != "parameter" and not is_targeted(self.config, module):
+            raise ValueError(
+                f"{self.file}: {key} is of a module that adapter_config.json leaves out (target_modules, "
+                "exclude_modules, layers_to_transform), and PEFT would ignore it; save the adapter again"
+            )
         if kind == "other" or (kind == "Embedding") != ("embedding" in part["A"]):
             raise ValueError(f"{self.file}: {key} is LoRA on a layer of another kind ({parameter}); {WAY_OUT}")
         rank, experts = self._shape(part["A"])[0], 1
         if kind == "parameter" and len(shape := self._parameter_shape(parameter)) == 3:
             experts, rank = shape[0], rank // shape[0]
-        alpha, module = self.config["lora_alpha"], parameter if kind == "parameter" else parameter.rpartition(".")[0]
         of = lambda patterns, rest: next(  # as PEFT: the first that is the end of the name
             (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), rest
         )
-        alpha = of(self.config.get("alpha_pattern"), alpha)
+        alpha = of(self.config.get("alpha_pattern"), self.config["lora_alpha"])
         said = of(self.config.get("rank_pattern"), self.config.get("r", 8))
         if rank != said and rank * experts == self._shape(part["B"])[-1]:  # else the two don't fit each other
             raise ValueError(f"{self.file}: {key} has rank {rank}, adapter_config.json says {said}; save it again")

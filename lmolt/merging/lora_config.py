@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 from lmolt.files import read_json
@@ -65,3 +66,24 @@ def read_config(folder: Path) -> dict:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{file}: lora_alpha and alpha_pattern hold numbers, not {value!r}")
     return config
+
+
+def is_targeted(config: dict, module: str) -> bool:
+    """Whether PEFT would load factors of `module`, by its name in the model that was trained, or ignore them."""
+
+    def named(names: str | list[str]) -> bool:
+        if isinstance(names, str):
+            return re.fullmatch(names, module) is not None
+        return any(f".{module}".endswith(f".{name}") for name in names)
+
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if config.get("exclude_modules") and named(config["exclude_modules"]):
+        return False
+    if not targets or targets == "all-linear":
+        return True
+    if isinstance(targets, str) or module in targets or layers in (None, []):
+        return named(targets)
+    patterns = config.get("layers_pattern") or "[^.]*"
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    found = next((m for p in patterns if (m := re.match(rf".*?\.{p}\.(\d+)\.", f".{module}"))), None)
+    return named(targets) and found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
