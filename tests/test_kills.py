@@ -24,7 +24,7 @@ from lmolt.data.triples import write_triples
 from lmolt.files import write_table
 
 ROOT = Path(__file__).resolve().parents[1]
-TRIALS = int(os.environ.get("LMOLT_KILLS", "3"))
+TRIALS = int(os.environ.get("LMOLT_KILLS", "1"))
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 TIMES = ("created", "efficiency", "train_loss", "total_flos", "scored_tokens", "padding", "peak_memory_gib")
 TIMES += ("_runtime", "_per_second", "seconds")  # and what ends so
