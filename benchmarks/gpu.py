@@ -60,7 +60,7 @@ def versions(keep) -> dict:
 
 def tests(keep) -> dict:
     """The project's own tests of tree, attention, losses and trainer, with the GPU visible."""
-    names = ["tree", "attention", "lora", "losses", "trainer"] if on_gpu() else ["losses"]
+    names = ["tree", "attention", "lora", "losses", "trainer", "liger"] if on_gpu() else ["losses"]
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--maxfail=12"]
     command += [f"tests/test_{name}.py" for name in names]
     environment = dict(os.environ)

@@ -1,5 +1,6 @@
 """The parts of benchmarks/gpu.py that run what a user runs: trainers, strategies, resuming, translating."""
 
+import itertools
 import json
 import os
 import random
@@ -29,6 +30,7 @@ from gpu_models import (
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ("rms_norm", "swiglu", "rope")  # of Liger
 
 
 def trl(keep) -> dict:
@@ -38,42 +40,36 @@ def trl(keep) -> dict:
         import trl  # noqa: F401
     except ImportError as error:
         raise Skipped(f"{error}; pip install -r benchmarks/requirements.txt") from error
-    figures = {}
-    for batch in (32, 8) if on_gpu() else (2,):
-        for system, setting in (
-            ("lmolt", {}),
-            ("trl", {"use_liger_kernel": True}),
-            ("lmolt", {"use_liger_kernel": True}),
-            ("trl", {"use_liger_kernel": True, "gradient_checkpointing": True}),
-            ("lmolt", {"use_liger_kernel": True, "gradient_checkpointing": True}),
-        ):
-            if not on_gpu() and setting:
-                continue
-            name = f"{system}_{batch}" + "_liger" * ("use_liger_kernel" in setting)
-            name += "_checkpointing" * ("gradient_checkpointing" in setting)
-            command = [
-                sys.executable,
-                str(Path(__file__).with_name("gpu.py")),
-                "--trainer",
-                system,
-                str(batch),
-                json.dumps(setting),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=150)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if lines:
-                figures |= {f"{name}_{k}": v for k, v in json.loads(lines[0][7:]).items()}
-            else:
-                figures[name] = "failed: " + done.stderr[-700:]
-            keep(figures)
-        for setting in ("", "_checkpointing"):  # each against its like, with Liger where that ran
-            ours, theirs = (
-                f"{s}_{batch}{k}{setting}" for s, k in (("lmolt", "_liger" * on_gpu()), ("trl", "_liger" * on_gpu()))
-            )
-            if f"{ours}_step_s" in figures and f"{theirs}_step_s" in figures:
-                figures[f"speedup_{batch}{setting}"] = figures[f"{theirs}_step_s"] / figures[f"{ours}_step_s"]
-                figures[f"memory_{batch}{setting}"] = figures[f"{ours}_peak_gib"] / figures[f"{theirs}_peak_gib"]
+    figures, liger = {}, {"use_liger_kernel": True}
+    runs = [("lmolt", {}), ("trl", liger), ("lmolt", liger)] if on_gpu() else [("lmolt", {}), ("trl", {})]
+    checkpointed = [(s, liger | {"gradient_checkpointing": True}) for s in ("trl", "lmolt")] if on_gpu() else []
+    sizes = (32, 8) if on_gpu() else (2,)
+    for batch, (system, setting) in [*itertools.product(sizes, runs), *itertools.product(sizes, checkpointed)]:
+        name = f"{system}_{batch}" + "_liger" * ("use_liger_kernel" in setting)
+        name += "_checkpointing" * ("gradient_checkpointing" in setting)
+        one = ["--trainer", system, str(batch), json.dumps(setting)]
+        command = [sys.executable, str(Path(__file__).with_name("gpu.py")), *one]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if lines:
+            figures |= {f"{name}_{k}": v for k, v in json.loads(lines[0][7:]).items()}
+        else:
+            figures[name] = "failed: " + done.stderr[-700:]
+        figures |= beside_trl(figures)
+        keep(figures)
     return figures
+
+
+def beside_trl(figures: dict) -> dict:
+    """Each of our runs against TRL's with as many triples and the same checkpointing, with Liger where TRL has it."""
+    found = {}
+    for ours in [key.removesuffix("_step_s") for key in figures if key.startswith("lmolt") and key.endswith("_step_s")]:
+        _, batch, *setting = ours.split("_")
+        theirs = f"trl_{batch}" + "_liger" * on_gpu() + "_checkpointing" * ("checkpointing" in setting)
+        if f"{theirs}_step_s" in figures:
+            found[f"{ours}_speedup"] = figures[f"{theirs}_step_s"] / figures[f"{ours}_step_s"]
+            found[f"{ours}_memory"] = figures[f"{ours}_peak_gib"] / figures[f"{theirs}_peak_gib"]
+    return found
 
 
 def one_trainer(system: str, batch: int, setting: dict) -> None:
@@ -101,13 +97,8 @@ def one_trainer(system: str, batch: int, setting: dict) -> None:
         "use_cpu": not on_gpu(), "report_to": "none", "save_strategy": "no", "eval_strategy": "no",
         "disable_tqdm": True, "seed": 0, "gradient_checkpointing": False,
     } | setting  # fmt: skip
-    if common.get("use_liger_kernel"):  # its fused head takes the loss of plain language models only
-        common["liger_kernel_config"] = {
-            "fused_linear_cross_entropy": False,
-            "rms_norm": True,
-            "swiglu": True,
-            "rope": True,
-        }
+    if common.get("use_liger_kernel") and system == "trl":  # its fused head takes the loss of language models only
+        common["liger_kernel_config"] = {"fused_linear_cross_entropy": False} | dict.fromkeys(KERNELS, True)
     if common["gradient_checkpointing"]:
         common["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     shape = "7B" if on_gpu() else "toy"
@@ -116,10 +107,6 @@ def one_trainer(system: str, batch: int, setting: dict) -> None:
         from lmolt.training.trainer import PreferenceArguments, PreferenceTrainer
 
         model = add_lora(make_model(shape), dropout=0.0)
-        if common.pop("use_liger_kernel", False):
-            from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-            _apply_liger_kernel_to_instance(model=model.get_base_model(), **common.pop("liger_kernel_config"))
         examples = [
             Example(str(i), "mol2cap" if i % 2 == 0 else "cap2mol", *map(token_ids, triple), token_ids([]))
             for i, triple in enumerate(examples)

@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_torch_npu_available, is_torch_xpu_available
 
 from lmolt.prompts import STYLES
+from lmolt.training import liger
 from lmolt.training.flags import FULL_RANK, REFUSED, check_refused
 from lmolt.training.losses import LOSSES, PARAMETERS
 from lmolt.training.statistics import best_is_greater
@@ -207,6 +208,7 @@ class PreferenceArguments(_Parameters):
         self._n_gpu = min(self.n_gpu, 1)  # else Trainer cuts batches for all GPUs that one process sees (DataParallel)
         self.label_names = []  # the loss is computed from trees, not from labels
         self._check_optimizer()
+        liger.check_arguments(self)
 
     def _check_numbers(self) -> None:
         for field_ in dataclasses.fields(self):
@@ -253,6 +255,7 @@ class PreferenceArguments(_Parameters):
                 "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
                 "there is no --gradient_checkpointing",
             ),
+            *unless(self.use_liger_kernel, "liger_kernel_config", "there is no --use_liger_kernel"),
             *unless(
                 self.lr_scheduler_type != "constant", "warmup_steps", "constant has no warm-up (constant_with_warmup)"
             ),

@@ -13,8 +13,8 @@ FIXED = frozenset(
     """
     learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2
     adam_epsilon max_grad_norm bf16 fp16 tf32 activation_checkpointing activation_checkpointing_kwargs
-    gradient_checkpointing gradient_checkpointing_kwargs metric_for_best_model greater_is_better full_determinism seed
-    data_seed
+    gradient_checkpointing gradient_checkpointing_kwargs use_liger_kernel liger_kernel_config
+    metric_for_best_model greater_is_better full_determinism seed data_seed
     """.split()  # noqa: SIM905
 )
 # Honoured, and another value is no other run when one is resumed: it is recorded with the step. What is named by a path
@@ -69,8 +69,6 @@ REFUSED = {
     "neftune_noise_alpha": "its noise would depend on how rows are packed",
     "accelerator_config": "micro-batches, their order and their accumulation are LMolT's own",
     "parallelism_config": "processes share the data, and with DeepSpeed or FSDP the weights",
-    "use_liger_kernel": "its kernels replace the model's forward pass, and were not tried with trees",
-    "liger_kernel_config": "its kernels replace the model's forward pass, and were not tried with trees",
     "enable_jit_checkpoint": "SIGTERM and SIGUSR1 always save a checkpoint",
     "save_on_each_node": "the first process alone writes",
     "restore_callback_states_from_checkpoint": "it is always done: early stopping would count anew",

@@ -20,7 +20,7 @@ from lmolt.models.forms import faster_form
 from lmolt.models.lora import lean_adapters
 from lmolt.models.tiles import Shapes
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
-from lmolt.training import checkpoints, identity, reference
+from lmolt.training import checkpoints, identity, liger, reference
 from lmolt.training.arguments import PreferenceArguments
 from lmolt.training.batches import (
     Example,
@@ -81,6 +81,12 @@ class PreferenceTrainer(Trainer):
                 seed=self.seed,
                 epochs=self._epochs(args, len(train)),
             )
+        if args.use_liger_kernel:
+            liger.check_model(model)
+            if not args.load_in_4bit:
+                model.to(args.device)
+            precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+            without = liger.hidden_states(model, precision)
         super().__init__(
             model,
             args,
@@ -88,6 +94,8 @@ class PreferenceTrainer(Trainer):
             eval_dataset=Triples(evaluation) if evaluation else None,
             **kwargs,
         )
+        if args.use_liger_kernel:  # which Trainer has put in
+            liger.check_equal(without, liger.hidden_states(model, precision), precision)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(OneLineProgress)
