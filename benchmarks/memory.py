@@ -5,9 +5,11 @@
 
 A parameter of a linear layer takes 4.127 bits in NF4 (4, an 8-bit scale for 64 weights, a 32-bit one for 256 scales),
 others 2 bytes. An adapter's takes 16 bytes: weight, gradient and Adam's two moments in fp32. Activations are those of
---gradient_checkpointing: a layer's input (2 bytes a number) for each token of the micro-batch, and one layer's whole.
-ZeRO-3 and FSDP hold two gathered layers beside their shard. Every process loads the whole 4-bit model before it is
-sharded, so no strategy needs less than that; only offload's does not stay. An estimate, not measured on GPUs.
+--gradient_checkpointing: a layer's input (2 bytes a number) for each token of the micro-batch, and one layer's whole
+with its backward pass, 24 numbers as wide as the hidden state and 8 as wide as the MLP: what a 7B took on an H200,
+where the rest is 0.3 GiB below this arithmetic (docs/performance.md). ZeRO-3 and FSDP hold two gathered layers beside
+their shard. Every process loads the whole 4-bit model before it is sharded, so no strategy needs less than that; only
+offload's does not stay.
 """
 
 import argparse
@@ -59,7 +61,7 @@ def memory(model: Llama, strategy: str, gpus: int, tokens: int, rank: int) -> di
     base = {"ddp": whole, "zero2": whole, "zero3_offload": 2 * layer}.get(strategy, whole / gpus + 2 * layer)
     kept, shared = ADAPTER[strategy]
     adapter = model.n_lora(rank) * (kept + shared / gpus)
-    width = sum(a + b for a, b in model.linears())  # a layer's activations, inputs and outputs of its projections
+    width = 24 * model.hidden + 8 * model.intermediate
     activations = 2 * tokens * (model.layers * model.hidden + width)
     weight = 2 * max(a * b for a, b in model.linears())  # one matrix, dequantised
     training = (base + adapter + activations + weight) / GIB + CONTEXT

@@ -245,6 +245,7 @@ def load_policy(args: PreferenceArguments):
         load_in_4bit=args.load_in_4bit,
         dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
         trust_remote_code=args.trust_remote_code,
+        use_cpu=args.device.type == "cpu",
     )
     return loading.add_adapter(
         base,

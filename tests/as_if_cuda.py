@@ -40,7 +40,7 @@ def from_pretrained(*args, device_map=None, **kwargs):
 def load_base(*args, **kwargs):
     see(visible)
     try:
-        return plain_load(*args, **kwargs)
+        return plain_load(*args, **kwargs | {"use_cpu": False})
     finally:
         see(hidden)
 

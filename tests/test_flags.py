@@ -52,6 +52,9 @@ def test_each_refused_field_is_refused_with_its_reason(name):
         ({"run_name": "x"}, "--run_name has no effect: there is no tracker"),
         ({"eval_max_new_tokens": 9}, "--eval_max_new_tokens has no effect: there are no --eval_translations"),
         ({"packing": "padded", "score_chunk": 9}, "--score_chunk has no effect: --packing padded"),
+        ({"packing": "padded", "tree_attention": "tiles"}, "--tree_attention has no effect: --packing padded"),
+        ({"tree_attention": "flex", "use_cpu": True}, "--tree_attention flex: FlexAttention has no backward pass"),
+        ({"tree_attention": "blocks"}, "--tree_attention is 'blocks'; use one of auto, tiles, flex"),
         (
             {"dataloader_prefetch_factor": 2},
             "--dataloader_prefetch_factor has no effect: there are no --dataloader_num",

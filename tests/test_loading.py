@@ -1,5 +1,6 @@
 """Loading: every weight where it belongs or an error that names it; attention that a class can take; adapters."""
 
+import contextlib
 import json
 import pickle
 
@@ -109,6 +110,19 @@ def test_a_class_gets_the_attention_that_it_takes(kind, tmp_path):
     assert model.config._attn_implementation == (TREE if kind == "llama" else "eager")
     expected = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")(ids).logits
     assert (model(ids).logits - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("use_cpu", "where"), [(False, 3), (True, "cpu")])
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_a_run_on_the_cpu_leaves_a_gpu_alone(llama, monkeypatch, use_cpu, where, load_in_4bit):
+    """transformers would load NF4 to the first GPU, wherever the run computes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    asked = []
+    monkeypatch.setattr(loading, "_load", lambda *_, **kwargs: asked.append(kwargs["device_map"]) or torch.nn.Module())
+    with contextlib.suppress(ValueError):  # that module has no layer to quantise
+        loading.load_base(str(llama), load_in_4bit=load_in_4bit, use_cpu=use_cpu)
+    assert asked == [{"": where}]
 
 
 def test_target_modules_with_commas(llama):

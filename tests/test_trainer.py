@@ -42,7 +42,8 @@ def make_trainer(folder, triples, output_dir, **overrides) -> PreferenceTrainer:
     if args.loss == "kto":
         examples = batches.with_mismatches(examples, args.seed)
     torch.manual_seed(0)
-    base = loading.load_base(str(folder), load_in_4bit=args.load_in_4bit, dtype=torch.float32)
+    options = {"load_in_4bit": args.load_in_4bit, "use_cpu": args.device.type == "cpu"}
+    base = loading.load_base(str(folder), dtype=torch.float32, **options)
     policy = loading.add_adapter(base, None, r=4, alpha=16, dropout=args.lora_dropout, target_modules="all-linear")
     held_out = examples[:4] if args.eval_strategy != "no" else []
     trainer = PreferenceTrainer(policy, args, examples, held_out, processing_class=tokenizer)

@@ -85,7 +85,8 @@ def load_translator(
     dtype = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     config, tokenizer = load_config(name, trust_remote_code)
     if not config.is_encoder_decoder:
-        model = load_base(name, load_in_4bit=load_in_4bit, dtype=dtype, trust_remote_code=trust_remote_code)
+        options = {"trust_remote_code": trust_remote_code, "use_cpu": device.type == "cpu"}
+        model = load_base(name, load_in_4bit=load_in_4bit, dtype=dtype, **options)
     elif load_in_4bit:
         raise ValueError(f"{name!r} is an encoder-decoder ({config.model_type}); 4-bit is for causal models here")
     else:

@@ -52,18 +52,24 @@ def time_forms(
     return timed, results
 
 
-def faster_form(model, tree) -> tuple[str, dict[str, float | str]]:
-    """The faster of "tiles" and "flex" on `tree.device` for one layer of a model, and the ms of both.
-
-    FlexAttention only where it was seen to be right on a GPU: full and sliding layers, without sinks, soft cap or
-    dropout of weights; where it compiles; and where it gives the numbers of the tiles here and now.
-    """
+def why_not_flex(model) -> str | None:
+    """What `model` has that FlexAttention wasn't seen to be right with on a GPU; None where there is nothing."""
     config = model.config.get_text_config()
     unfit = [name for name in ("attn_logit_softcapping", "attention_dropout") if getattr(config, name, None)]
     unfit += ["sinks"] * any("sinks" in name for name, _ in model.named_parameters())
     unfit += ["attention_chunk_size"] * any(chunk for _, chunk in layer_kinds(config).values())
-    if unfit:
-        return "tiles", {"flex": f"not with the model's {', '.join(unfit)}"}
+    return f"not with the model's {', '.join(unfit)}" if unfit else None
+
+
+def faster_form(model, tree) -> tuple[str, dict[str, float | str]]:
+    """The faster of "tiles" and "flex" on `tree.device` for one layer of a model, and the ms of both.
+
+    FlexAttention only where nothing speaks against it (`why_not_flex`), where it compiles, and where it gives the
+    numbers of the tiles here and now.
+    """
+    if (why := why_not_flex(model)) is not None:
+        return "tiles", {"flex": why}
+    config = model.config.get_text_config()
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

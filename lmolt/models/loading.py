@@ -109,8 +109,18 @@ def _read_tokenizer(name: str, revision: str | None, trust_remote_code: bool):
         raise ValueError(f"{folder / files[0]} can't be read: {type(error).__name__} {reason}") from None
 
 
-def load_base(name: str, *, revision=None, load_in_4bit=False, dtype=torch.bfloat16, trust_remote_code=False):
-    """A causal LM, in NF4 or in `dtype`, on this process's device. User's mistakes raise `ValueError`.
+def load_base(
+    name: str,
+    *,
+    revision=None,
+    load_in_4bit=False,
+    dtype=torch.bfloat16,
+    trust_remote_code=False,
+    use_cpu=False,
+):
+    """A causal LM, in NF4 or in `dtype`, on this process's GPU if there is one and not `use_cpu`.
+
+    User's mistakes raise `ValueError`.
 
     Its attention is `TREE` where its class takes an attention function, else the class's own, "eager".
     """
@@ -126,7 +136,8 @@ def load_base(name: str, *, revision=None, load_in_4bit=False, dtype=torch.bfloa
     half = torch.float16 if dtype == torch.float16 else torch.bfloat16  # GPUs before Ampere have no bf16
     kwargs = {"quantization_config": nf4(half)} if load_in_4bit else {}
     if torch.cuda.is_available() and not is_deepspeed_zero3_enabled() and (load_in_4bit or not is_fsdp_enabled()):
-        kwargs["device_map"] = {"": torch.cuda.current_device()}  # else each process fills the machine's memory first
+        # else each process fills the machine's memory first, and NF4 goes to a GPU that the run leaves alone
+        kwargs["device_map"] = {"": "cpu" if use_cpu else torch.cuda.current_device()}
     kwargs |= {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype}
     model = _load(AutoModelForCausalLM, name, config, _attention(AutoModelForCausalLM, config), **kwargs)
     quantised = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]

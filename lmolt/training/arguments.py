@@ -122,6 +122,12 @@ class PreferenceArguments(_Parameters):
         },
     )
     packing: str = field(default="tree", metadata={"help": "tree: shared prefixes once; padded: one row an output"})
+    tree_attention: str = field(
+        default="auto",
+        metadata={
+            "help": "a tree's attention: tiles, flex (FlexAttention, on a GPU), or auto, the faster at the start"
+        },
+    )
     score_chunk: int | None = field(
         default=None, metadata={"help": "positions whose logits exist at one time; default 256, on a GPU 1024"}
     )
@@ -173,6 +179,7 @@ class PreferenceArguments(_Parameters):
         for name, allowed in {
             "loss": LOSSES,
             "packing": ("tree", "padded"),
+            "tree_attention": ("auto", "tiles", "flex"),
             "prompt_style": STYLES,
             "max_length_policy": ("error", "drop"),
             "hub_strategy": ("end",),
@@ -194,6 +201,8 @@ class PreferenceArguments(_Parameters):
             raise ValueError("--hub_token would show in the shell's history; use `hf auth login`, or set HF_TOKEN")
         if not (torch.cuda.is_available() or is_torch_xpu_available() or is_torch_npu_available()):
             self.use_cpu = True  # a laptop needs no flag; Apple's GPUs have neither NF4 nor float64
+        if self.use_cpu and self.tree_attention == "flex":
+            raise ValueError("--tree_attention flex: FlexAttention has no backward pass on a CPU; leave it out")
         if self.fp16:
             self.bf16 = False  # which is on by default
         if "no" in (self.eval_strategy, self.save_strategy):
@@ -233,7 +242,7 @@ class PreferenceArguments(_Parameters):
             *unless(self.adapter is None, " ".join(LORA) + " use_dora use_rslora", "--adapter brings its own"),
             *unless(self.eval_triples is None, "eval_fraction", "--eval_triples are held out"),
             *unless(self.eval_translations, "eval_max_new_tokens", "there are no --eval_translations"),
-            *unless(self.packing == "tree", "score_chunk", "--packing padded has no chunks"),
+            *unless(self.packing == "tree", "score_chunk tree_attention", "--packing padded has no tree"),
             *unless(self.eval_strategy == "steps", "eval_steps", "--eval_strategy isn't steps"),
             *unless(self.save_strategy == "steps", "save_steps", "--save_strategy isn't steps"),
             *unless(self.logging_strategy == "steps", "logging_steps", "--logging_strategy isn't steps"),

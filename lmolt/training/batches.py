@@ -154,7 +154,7 @@ def tokens_that_fit(model, checkpointing: bool) -> int:
 
     By arithmetic, with what was measured on a 7B (docs/performance.md): in bf16 a layer keeps of each token 15 numbers
     as wide as its hidden state and 8 as wide as its MLP (LoRA's inputs and dropout masks are among them), with
-    checkpointing one, and one layer's whole. Beyond 8,192 tokens a GPU gains nothing.
+    checkpointing one, and one layer's whole with its backward pass, 9 more. Beyond 8,192 tokens a GPU gains nothing.
     """
     config = model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
@@ -163,7 +163,7 @@ def tokens_that_fit(model, checkpointing: bool) -> int:
         getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", 4 * hidden)
     )
     layer = 2 * (15 * hidden + 8 * wide)
-    a_token = 2 * hidden * layers + layer if checkpointing else layer * layers
+    a_token = 2 * hidden * layers + layer + 2 * 9 * hidden if checkpointing else layer * layers
     weights = sum(p.numel() * p.element_size() + 12 * p.numel() * p.requires_grad for p in model.parameters())
     left = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory - weights
     return int(min(8192, max(1, 0.6 * left / a_token)))

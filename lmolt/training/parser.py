@@ -15,8 +15,8 @@ OWN = {  # what --help shows, in groups; the rest is behind --help_all
     "loss": "loss " + " ".join(PARAMETERS),
     "adapter": "load_in_4bit lora_r lora_alpha lora_dropout lora_target_modules use_dora use_rslora",
     "steps": "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps optim weight_decay max_grad_norm "
-    "per_device_train_batch_size gradient_accumulation_steps tokens_per_batch packing score_chunk seed bf16 fp16 "
-    "gradient_checkpointing",
+    "per_device_train_batch_size gradient_accumulation_steps tokens_per_batch packing tree_attention score_chunk seed "
+    "bf16 fp16 gradient_checkpointing",
     "evaluation": "eval_strategy eval_steps per_device_eval_batch_size eval_translations eval_max_new_tokens "
     "metric_for_best_model greater_is_better load_best_model_at_end early_stopping_patience",
     "output": "output_dir overwrite_output_dir resume_from_checkpoint save_strategy save_steps save_total_limit "
