@@ -136,7 +136,7 @@ def one_trainer(system: str, batch: int, setting: dict) -> None:
     trainer.train()
     took = [b - a for a, b in zip(moments, moments[1:], strict=False)]
     took = sorted(took)[len(took) // 2]  # the first steps compile
-    figures = {"attention": trainer.attention, "ms_a_layer": trainer.attention_ms} if system == "lmolt" else {}
+    figures = {"attention": trainer.attention, "attention_ms": trainer.attention_ms} if system == "lmolt" else {}
     print(
         "RESULT " + json.dumps(figures | {"step_s": took, "triples_per_s": batch / took, "peak_gib": peak_gib()}),
         flush=True,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, Gemma2Co
 from lmolt.models import loading
 from lmolt.models.tiles import Tiles
 from lmolt.prompts import build_prompt, encode_output, encode_prompt
-from lmolt.training import batches, reference
+from lmolt.training import attention_choice, batches, reference
 from lmolt.training.batches import StepBatchSampler, balance
 from lmolt.training.trainer import PreferenceArguments, PreferenceTrainer
 
@@ -298,6 +298,42 @@ def test_trains_evaluates_and_saves_an_adapter_that_peft_loads(tiny_policy, few_
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     ids = torch.arange(3, 40)[None]
     assert torch.allclose(loaded(ids).logits, trainer.model.eval()(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(("a_step", "taken"), [({"tiles": 3.0, "flex": 4.0}, "tiles"), ({}, "flex")])
+def test_the_form_of_attention_is_that_of_the_faster_step(
+    tiny_policy, few_triples, tmp_path, monkeypatch, a_step, taken
+):
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path, per_device_train_batch_size=4)
+    of_a_layer = {"tiles": 2.0, "flex": 1.0}
+    monkeypatch.setattr(attention_choice, "faster_form", lambda model, tree: ("flex", of_a_layer))
+    monkeypatch.setattr(attention_choice, "time_micro_batches", lambda *_: a_step)
+    assert attention_choice.choose(trainer, "auto") == (taken, {"a layer": of_a_layer, "a micro-batch": a_step})
+    assert attention_choice.choose(trainer, "tiles") == ("tiles", {})
+    trainer.model.config.attn_logit_softcapping = 30.0
+    with pytest.raises(
+        ValueError, match="--tree_attention flex: not with the model's attn_logit_softcapping; leave it"
+    ):
+        attention_choice.choose(trainer, "flex")
+
+
+def test_timing_micro_batches_leaves_no_trace(tiny_policy, few_triples, tmp_path):
+    settings = {"per_device_train_batch_size": 4, "lora_dropout": 0.1, "gradient_checkpointing": True}
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path, **settings)
+    trees, state = attention_choice.first_trees(trainer), torch.get_rng_state()
+    assert len(trees) == attention_choice.MEASURED
+    timed = attention_choice.time_micro_batches(trainer, trees, ("tiles",))
+    assert timed["tiles"] > 0 and torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_timing_micro_batches_that_fill_the_memory_says_nothing(tiny_policy, few_triples, tmp_path, monkeypatch):
+    def fill(*_):
+        raise torch.OutOfMemoryError
+
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path)
+    monkeypatch.setattr(attention_choice, "time_steps", fill)
+    assert attention_choice.time_micro_batches(trainer, []) == {}
 
 
 def test_evaluation_leaves_nf4_training_its_gradients(tiny_policy, few_triples, tmp_path):

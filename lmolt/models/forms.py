@@ -52,6 +52,27 @@ def time_forms(
     return timed, results
 
 
+def time_steps(score, trees: list, forms=("tiles", "flex")) -> dict[str, float]:
+    """Seconds of `score(tree, form)` and its gradient in each form, as training runs them: the median over `trees`.
+
+    The first two compile or plan, and aren't counted. Random numbers that are drawn here are drawn again afterwards.
+    """
+    on_gpu = trees[0].device.type == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    timed = {}
+    with torch.random.fork_rng([trees[0].device] if on_gpu else []):
+        for form in forms:
+            took = []
+            for tree in trees:
+                wait()
+                start = time.perf_counter()
+                score(tree, form).sum().backward()
+                wait()
+                took.append(time.perf_counter() - start)
+            timed[form] = sorted(took[2:])[len(took[2:]) // 2]
+    return timed
+
+
 def why_not_flex(model) -> str | None:
     """What `model` has that FlexAttention wasn't seen to be right with on a GPU; None where there is nothing."""
     config = model.config.get_text_config()

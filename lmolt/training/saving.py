@@ -53,7 +53,7 @@ def record(trainer) -> dict:
         "loss": {"name": args.loss, "definition": trainer.loss.definition, "parameters": args.loss_parameters},
         "identity": trainer.fixed,
         "chosen": trainer.chosen,
-        "attention_ms_a_layer": trainer.attention_ms,
+        "attention_ms": trainer.attention_ms,
         "changes": trainer.changes,
         "step": trainer.kept_step or trainer.state.global_step,
         "strategy": trainer.strategy,

@@ -16,11 +16,10 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from lmolt import ownership
 from lmolt.distributed import strategy
 from lmolt.models import self_check, tree
-from lmolt.models.forms import faster_form, why_not_flex
 from lmolt.models.lora import lean_adapters
 from lmolt.models.tiles import Shapes
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
-from lmolt.training import checkpoints, identity, liger, reference
+from lmolt.training import attention_choice, checkpoints, identity, liger, reference
 from lmolt.training.arguments import PreferenceArguments
 from lmolt.training.batches import (
     Example,
@@ -125,24 +124,9 @@ class PreferenceTrainer(Trainer):
         self._model_is_proved = False
         self.attention, self.attention_ms = "tiles", {}
         if args.packing == "tree" and args.device.type == "cuda":
-            self._choose_attention(args.tree_attention)
+            self.attention, self.attention_ms = attention_choice.choose(self, args.tree_attention)
         self.chosen["tree attention"] = self.attention
         tree.SHAPES.update({True: Shapes(), False: Shapes()})  # this run's own, whatever ran in this process before
-
-    def _choose_attention(self, wanted: str) -> None:
-        """Tiles or FlexAttention as `wanted`; "auto": what rank 0 finds faster for the first micro-batch."""
-        if wanted != "auto":
-            if wanted == "flex" and (why := why_not_flex(self.model)):
-                raise ValueError(f"--tree_attention flex: {why}; leave it out")
-            self.attention = wanted
-            return
-        found = [None]
-        if self.args.process_index == 0:
-            first = next(iter(self.get_train_dataloader().batch_sampler))
-            examples = [self.train_dataset.examples[index] for index, _ in first]
-            packed = build_tree([(e.prompt, ids) for e in examples for ids in (e.chosen, e.rejected) if len(ids)])
-            found = [faster_form(self.model, packed.to(self.args.device))]
-        self.attention, self.attention_ms = broadcast_object_list(found)[0]
 
     # --- batches
 
