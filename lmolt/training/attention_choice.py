@@ -48,7 +48,7 @@ def time_micro_batches(trainer, trees: list, forms=("tiles", "flex")) -> dict[st
     args, model = trainer.args, trainer.model
 
     def score(tree, form):
-        with trainer.compute_loss_context_manager():
+        with trainer.accelerator.autocast():  # which training puts around the model's forward pass
             return tree_logps(model, tree, args.score_chunk, form)
 
     model.train()
