@@ -51,6 +51,7 @@ def time_micro_batches(trainer, trees: list, forms=("tiles", "flex")) -> dict[st
         with trainer.accelerator.autocast():  # which training puts around the model's forward pass
             return tree_logps(model, tree, args.score_chunk, form)
 
+    was_training = model.training
     model.train()
     if args.activation_checkpointing:  # Trainer does so when it starts
         options = dict(args.activation_checkpointing_kwargs or {})
@@ -62,3 +63,4 @@ def time_micro_batches(trainer, trees: list, forms=("tiles", "flex")) -> dict[st
         return {}
     finally:
         model.zero_grad(set_to_none=True)
+        model.train(was_training)
