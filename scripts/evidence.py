@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from operator import sub
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,15 +111,20 @@ def summary() -> str:
     """Markdown: mean and standard deviation over seeds, and the differences that docs/evidence.md asks for."""
     seeds = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("seed_*.json"))]
     measures = [f"{direction}/{key}" for direction, keys in MEASURES.items() for key in keys]
+    half = lambda seed, row, measure: -sub(*seed["rows"][row][measure]["ci95"]) / 2
     value = lambda seed, row, measure: seed["rows"].get(row, {}).get(measure, {}).get("value")
-    lines = [f"{len(seeds)} seeds: mean (standard deviation over seeds)", ""]
+    lines = [f"{len(seeds)} seeds: mean (standard deviation over seeds, half a seed's 95 % interval over pairs)", ""]
     lines += ["| row | n | " + " | ".join(measures) + " |", "|---" * (len(measures) + 2) + "|"]
     for row in ROWS:
         columns = [[v for seed in seeds if (v := value(seed, row, m)) is not None] for m in measures]
         if columns[0]:
+            over_pairs = [
+                statistics.mean(half(seed, row, m) for seed in seeds if row in seed["rows"]) for m in measures
+            ]
+            over_seeds = [f"{statistics.stdev(c):.3f}" if len(c) > 1 else "" for c in columns]
             cells = [
-                f"{statistics.mean(c):.3f} ({statistics.stdev(c):.3f})" if len(c) > 1 else f"{c[0]:.3f}"
-                for c in columns
+                f"{statistics.mean(c):.3f} ({of_seeds}, {of_pairs:.3f})"
+                for c, of_seeds, of_pairs in zip(columns, over_seeds, over_pairs, strict=True)
             ]
             lines.append(f"| {row} | {len(columns[0])} | " + " | ".join(cells) + " |")
     lines += ["", "| difference | n | " + " | ".join(measures) + " |", "|---" * (len(measures) + 2) + "|"]
