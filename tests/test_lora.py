@@ -70,6 +70,17 @@ def test_layers_of_one_input_share_its_mask_and_no_two_passes_do():
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+def test_a_mask_is_not_kept_for_other_numbers_or_without_gradient():
+    x = torch.ones(64, requires_grad=True)
+    with torch.no_grad():
+        _dropped(x, 0.5)
+    _dropped(x, 0.5).sum().backward()  # what was kept without a gradient would give none
+    assert x.grad.norm() > 0
+    y = torch.ones(64)
+    _dropped(y, 0.5)
+    assert _dropped(y.mul_(0), 0.5).abs().sum() == 0
+
+
 def test_checkpointing_computes_again_with_the_same_masks():
     ids, gradients = torch.arange(40).view(2, 20), []
     for checkpointing in (False, True):

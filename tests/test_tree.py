@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from lmolt.models.attention import TREE
-from lmolt.models.tree import build_tree, padded_logps, tree_logps
+from lmolt.models.tree import SHAPES, build_tree, padded_logps, tree_logps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {
@@ -63,6 +63,19 @@ def test_tree_equals_padded_rows(name, kind, attention):
     assert gradients["tree"].keys() == gradients["padded"].keys()
     for parameter, expected in gradients["padded"].items():
         assert (gradients["tree"][parameter] - expected).norm() <= 1e-4 * expected.norm(), parameter
+
+
+def test_passes_without_gradient_leave_the_shapes_of_training_alone():
+    """Else training would round otherwise where references are made than where they are found on disk."""
+    model = make_model("llama", "full", TREE)
+    for shapes in SHAPES.values():
+        shapes.entries.clear()
+    packed = build_tree(make_sequences()).to(DEVICE)
+    with torch.no_grad():
+        tree_logps(model, packed)
+    assert SHAPES[False].entries and not SHAPES[True].entries
+    tree_logps(model, packed)
+    assert SHAPES[True].entries
 
 
 def test_a_head_of_a_derived_class_has_no_logits_either():
