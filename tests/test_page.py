@@ -22,10 +22,12 @@ def test_what_is_shown_of_a_candidate(tiny_policy):
     found[0].output = "<script>alert(1)</script> an alcohol and a nitrile"
     html = found._repr_html_()
     assert "<script>" not in html and "&lt;script&gt;" in html and "RDKit can&#x27;t read this molecule" in html
+    assert "<th>molecule</th>" not in html  # of captions, which are no molecules
     assert "✓ alcohol" in html and "✗ nitrile" in html and html.count("<svg") == 1
     (molecule,) = translator(["A molecule with rings."], CAP2MOL, max_new_tokens=4)
     molecule.valid, molecule.smiles = True, "c1ccccc1"
-    assert "<svg" in table([molecule]) and ">valid<" in table([molecule])
+    drawn = table([molecule])
+    assert "<svg" in drawn and ">valid<" in drawn and "<th>molecule</th>" in drawn
 
 
 def test_the_notebook_runs(tiny_policy):

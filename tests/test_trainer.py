@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import types
 
 import pytest
 import torch
@@ -124,6 +125,14 @@ def test_kto_z_is_the_mean_log_ratio_of_mismatched_pairs(tiny_policy, few_triple
     assert z > 1 and z == pytest.approx(sum(ratios) / len(ratios), rel=1e-5)
 
 
+def test_kto_z_is_taken_without_dropout(tiny_policy, few_triples, tmp_path):
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path, loss="kto", lora_dropout=0.5)
+    micro = list(trainer.get_train_dataloader())[:2]
+    trainer.model.train()
+    assert trainer._mismatched_log_ratio(micro) == trainer._mismatched_log_ratio(micro)
+    assert trainer.model.training
+
+
 def test_a_step_is_normalised_by_its_pairs_and_preferred_tokens(tiny_policy, few_triples, tmp_path):
     trainer = make_trainer(tiny_policy, few_triples, tmp_path, per_device_train_batch_size=4)
     micro = list(trainer.get_train_dataloader())[:2]
@@ -140,6 +149,7 @@ def test_a_micro_batch_that_is_not_live_adds_nothing(tiny_policy, few_triples, t
     normalisers = trainer._normalisers([batch])
     loss, sums = trainer._forward(trainer.model, dataclasses.replace(batch, live=False), **normalisers)
     assert loss.item() == 0 and loss.requires_grad and not sums.any()
+    assert trainer._normalisers([batch, dataclasses.replace(batch, live=False)]) == normalisers
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
@@ -541,6 +551,36 @@ def test_early_stopping_keeps_the_best(tiny_policy, few_triples, tmp_path):
     )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step == 3 and trainer.kept_step == trainer.state.best_global_step == 1
+
+
+def test_a_loss_that_is_not_finite_ends_training_whichever_micro_batch_has_it(tiny_policy, few_triples, tmp_path):
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path, **settings)
+    forward, calls = trainer._forward, []
+
+    def first_is_nan(*args, **kwargs):
+        calls.append(1)
+        loss, sums = forward(*args, **kwargs)
+        return loss * (torch.nan if len(calls) == 1 else 1), sums
+
+    trainer._forward = first_is_nan
+    with pytest.raises(ValueError, match="step 1: the loss is nan, and training stops"):
+        trainer.train()
+
+
+def test_a_micro_batch_fits_what_the_weights_leave_of_the_card(tiny_policy, few_triples, tmp_path, monkeypatch):
+    model = make_trainer(tiny_policy, few_triples, tmp_path).model
+    text = model.config
+    hidden, wide, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    weights = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())  # fp32, gradient, moments
+    card = types.SimpleNamespace(total_memory=weights + 10_000_000)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    of_a_layer = 30 * hidden + 16 * wide  # bytes a token
+    assert batches.tokens_that_fit(model, False) == int(6_000_000 / (layers * of_a_layer)) < 8192
+    assert batches.tokens_that_fit(model, True) == int(6_000_000 / (2 * layers * hidden + of_a_layer + 18 * hidden))
+    card.total_memory = 1 << 40
+    assert batches.tokens_that_fit(model, False) == 8192
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny_policy, few_triples, tmp_path):

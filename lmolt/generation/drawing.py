@@ -40,22 +40,26 @@ def groups(caption: str, smiles: str) -> str:
 
 
 def table(candidates: list[Candidate]) -> str:
-    """A row a candidate: rank, molecule, text, log-probability, validity or claims."""
+    """A row a candidate: rank, molecule where outputs are some, text, log-probability, validity or claims."""
     cut = lambda text: escape(text if len(text) <= SHOWN else text[:SHOWN] + " ...")
     rows, before = [], None
+    drawn_outputs = any(c.direction != MOL2CAP for c in candidates)
+    names = ["rank", *["molecule"] * drawn_outputs, "output", "log p", "groups" if not drawn_outputs else ""]
+    across = f'colspan="{len(names)}" style="text-align:left"'
     for c in candidates:
         if c.row != before:
             drawn = svg(c.smiles) if c.direction == MOL2CAP and c.smiles else ""
-            rows.append(f'<tr><td colspan="5" style="text-align:left"><b>{c.row}</b> {cut(c.input)}{drawn}</td></tr>')
+            rows.append(f"<tr><td {across}><b>{c.row}</b> {cut(c.input)}{drawn}</td></tr>")
             before = c.row
         if c.rank is None:
-            rows.append(f'<tr><td></td><td colspan="4"><i>{escape(c.note)}</i></td></tr>')
+            rows.append(f"<tr><td {across}><i>{escape(c.note)}</i></td></tr>")
             continue
         said = groups(c.output, c.smiles) if c.direction == MOL2CAP else ("valid" if c.valid else "no molecule")
         logp = "" if c.logp is None else f"{c.logp:.2f}"
         logp += "" if c.reverse_logp is None else f"<br>back {c.reverse_logp:.2f}"
-        cells = [str(c.rank), svg(c.smiles) if c.direction != MOL2CAP and c.smiles else "", cut(c.output), logp, said]
+        drawn = svg(c.smiles) if c.direction != MOL2CAP and c.smiles else ""
+        cells = [str(c.rank), *[drawn] * drawn_outputs, cut(c.output), logp, said]
         rows.append("<tr>" + "".join(f'<td style="text-align:left">{cell}</td>' for cell in cells) + "</tr>")
-    head = "".join(f"<th>{name}</th>" for name in ("rank", "molecule", "output", "log p", ""))
+    head = "".join(f"<th>{name}</th>" for name in names)
     body = "".join(rows)
     return f'<div style="overflow-x:auto"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
