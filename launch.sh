@@ -2,6 +2,7 @@
 # The one entry.
 #
 #   ./launch.sh                the whole job on the embedded default: pairs, triples, CPO, fusion, evaluation, report
+#   ./launch.sh rounds         the same, and two on-policy rounds after it: its own outputs become the dis-preferred ones
 #   ./launch.sh test [ARGS]    the tests (ARGS go to pytest); test-distributed: those of several processes and machines
 #   ./launch.sh train [ARGS]   scripts/train_pref.py on every GPU of this machine, or on its CPU
 #   ./launch.sh paper [ARGS]   the paper's Tables 1 to 4: --dry_run prints plan and commands; --scale demo, on a CPU
@@ -169,8 +170,29 @@ demo() {
     echo "report: $PWD/$DEMO/report/report.html"
 }
 
+# two on-policy rounds after the demo's CPO: the model in training is its own translator (docs/data.md)
+rounds() {
+    local round model=$DEMO/models/cap2mol adapter=$DEMO/cpo
+    for round in 1 2; do
+        stage "round $round: triples" "$DEMO/round_$round.parquet" \
+            launch scripts/make_triples.py --recipe recipes/demo_triples.yaml --seed "$round" \
+            --mol2cap_model "$model" --mol2cap_adapter "$adapter" --cap2mol_model "$model" --cap2mol_adapter "$adapter" \
+            --num_candidates 4 --num_rejected 2 --output "$DEMO/round_$round.parquet"
+        stage "round $round: CPO" "$DEMO/round_$round/adapter_model.safetensors" \
+            launch scripts/train_pref.py --recipe recipes/demo.yaml --triples "$DEMO/round_$round.parquet" \
+            --adapter "$adapter" --output_dir "$DEMO/round_$round" --resume_from_checkpoint true
+        adapter=$DEMO/round_$round
+        evaluate "round_$round" "$model" --adapter "$adapter"
+    done
+    stage "report of the rounds" "$DEMO/rounds/report.html" \
+        python scripts/evaluate.py --compare "$DEMO"/evaluation/{start,cpo,round_1,round_2} --baseline cpo \
+        --output "$DEMO/rounds"
+    sed -e '/^\*\*Table 3/,/^\*\*Table 6/{/Table 6/!d}' -e '/^\*\*Table 7/,$d' "$DEMO/rounds/report.md"
+}
+
 case ${1:-demo} in
     demo) set_up && demo ;;
+    rounds) set_up && demo && rounds ;;
     test) set_up requirements-test.txt && shift && python -m pytest -m "not slow" -n 2 --dist loadscope "$@" ;; # one thread each
     test-distributed) set_up requirements-test.txt && shift && python -m pytest -m slow "$@" ;;
     train)
@@ -197,5 +219,5 @@ case ${1:-demo} in
         done
         ;;
     bench-gpu) set_up && shift && python benchmarks/gpu.py "$@" ;;
-    *) sed -n '2,19s/^# \{0,1\}//p' "$0" && exit 2 ;;
+    *) sed -n '2,20s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

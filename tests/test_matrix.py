@@ -224,6 +224,28 @@ def test_what_rounding_could_hide_is_seen_in_fp32(dtype, length, tmp_path, monke
     assert packing("lfm2")[0] == "padded"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_rounding_could_hide_in_decoding_is_seen_in_fp32(dtype, tmp_path, monkeypatch):
+    def way(kind):
+        model, said = loading.load_base(str(zoo.save_tiny(kind, tmp_path / kind)), dtype=dtype), []
+        settings = Settings(max_new_tokens=NEW)
+        return routes.choose(model, PROMPTS, len(INSTRUCTION), settings, said.append, False), said
+
+    assert [way(kind)[0] for kind in ("llama", "gpt_oss", "lfm2", "qwen3_moe")] == [
+        "prefix",
+        "batch",
+        "batch",
+        "prefix",
+    ]
+    monkeypatch.setattr(attention, "_attend", without_sinks(attention._attend))
+    found, said = way("gpt_oss")
+    assert said[0].startswith("in fp32, decoding, padded, differs from plain attention")
+    assert "gpt_oss: decoded with its own eager attention" in said and found == "batch"
+    monkeypatch.setattr(routes, "read_prefix", lambda model, prefix: read_prefix(model, prefix[::-1]))
+    found, said = way("llama")
+    assert said[0].startswith("in fp32, decoding, behind a shared prefix, differs from") and found == "batch"
+
+
 FAULTS = {  # with no time for more than a part: each is seen in it
     "gpt_oss": lambda patch: patch.setattr(attention, "_attend", without_sinks(attention._attend)),
     "gemma3_text": lambda patch: patch.setattr(tree, "layer_kinds", one_window(attention.layer_kinds)),

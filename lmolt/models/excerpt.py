@@ -149,13 +149,13 @@ def first_layers(model, count: int):
 @contextmanager
 def in_fp32(model):
     """The model computing in fp32: a copy of what floating weights it has now, so of the first layers, not of all."""
-    four = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
-    packed = {id(module.weight) for module in four}  # bits that are stored as if they were bf16
-    floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and id(t) not in packed]
-    low = [tensor for tensor in floats if tensor.dtype != torch.float32]
+    four, low = _four_bit(model), _low(model)
     before = [tensor.data for tensor in low]
     kept = [(module.compute_dtype, module.support_avx512bf16_for_cpu) for module in four]
+    products = torch.backends.cuda.matmul
+    precision = products.fp32_precision
     try:
+        products.fp32_precision = "ieee"  # --tf32 rounds what goes into a product to 10 bits
         for tensor in low:
             tensor.data = tensor.data.float()
         for module in four:
@@ -163,17 +163,39 @@ def in_fp32(model):
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
             yield
     finally:
+        products.fp32_precision = precision
         for tensor, data in zip(low, before, strict=True):
             tensor.data = data
         for module, (dtype, kernel) in zip(four, kept, strict=True):
             module.compute_dtype, module.support_avx512bf16_for_cpu = dtype, kernel
 
 
+def room_in_fp32(model) -> bool:
+    """Whether `in_fp32` takes at most half of the memory that is free."""
+    return 4 * sum(tensor.numel() for tensor in _low(model)) <= _free(model) / 2
+
+
+def _four_bit(model) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+
+
+def _low(model) -> list[torch.Tensor]:
+    """Its floating weights and buffers in another precision than fp32."""
+    packed = {id(module.weight) for module in _four_bit(model)}  # bits that are stored as if they were bf16
+    floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and id(t) not in packed]
+    return [tensor for tensor in floats if tensor.dtype != torch.float32]
+
+
 def is_exact(model) -> bool:
     """Whether all of its weights are fp32 and it computes in it."""
-    return all(p.dtype == torch.float32 for p in model.parameters()) and not torch.is_autocast_enabled(
-        next(model.parameters()).device.type
-    )
+    device = next(model.parameters()).device.type
+    autocast = torch.is_autocast_enabled(device)
+    return all(p.dtype == torch.float32 for p in model.parameters()) and not autocast and not rounds_products(device)
+
+
+def rounds_products(device: str) -> bool:
+    """Whether products of fp32 are computed in TF32 (`--tf32`)."""
+    return device == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _list_of_layers(model) -> tuple[torch.nn.Module, str] | None:
@@ -200,6 +222,9 @@ def _weights(module) -> int:
 def room_for(model, tokens: int, rows: int = 1) -> bool:
     """Whether eager attention over `rows` rows of so many tokens takes at most a quarter of the memory that is free."""
     heads = getattr(model.config.get_text_config(decoder=True), "num_attention_heads", None) or 1
+    return rows * heads * tokens**2 * 12 <= _free(model) / 4
+
+
+def _free(model) -> int:
     device = next(model.parameters()).device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return rows * heads * tokens**2 * 12 <= free / 4
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

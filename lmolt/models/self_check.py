@@ -1,11 +1,15 @@
 """A loaded model proved against itself: what is fast against plain attention, one row, no cache, on the same weights.
 
-    |sum log p (fast) - sum log p (plain)|  <=  max(FLOOR, FACTOR * sigma * sqrt(tokens))        in nats a sequence
+    |sum log p (fast) - sum log p (plain)|  <=  max(FLOOR, factor * sigma * sqrt(tokens))        in nats a sequence
 
 sigma is what rounding does to one token's log-probability in this model at its precision. It is measured and not
 assumed: the plain pass is run again with each linear layer's output changed by as much as its rounding may. Errors of
 rounding add up like a random walk, so the bound grows with the square root of a sequence's tokens: two tokens of a
 model with large logits are not refused, and forty of a model that was trained a little further are not let through.
+
+In bf16, fp16 and NF4 what rounding explains can hide a dropped sink or a leaking state. There the same is looked at in
+fp32 first, through the first layers of each kind, by FACTOR. What fp32 confirms has the right algebra, and its own
+precision is then given LOOSE: a token that rounding sends to another expert differs by more than sigma tells.
 """
 
 import inspect
@@ -20,10 +24,21 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lmolt.models.attention import why_not_tree
-from lmolt.models.excerpt import FAILURES, SECONDS, Excerpt, Sequences, excerpt, in_fp32, is_exact, room_for
+from lmolt.models.excerpt import (
+    FAILURES,
+    SECONDS,
+    Excerpt,
+    Sequences,
+    excerpt,
+    in_fp32,
+    is_exact,
+    room_for,
+    room_in_fp32,
+    rounds_products,
+)
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
 
-FACTOR = 8.0
+FACTOR, LOOSE = 8.0, 64.0
 LONGEST = 4608  # tokens of a sequence that is made longer than a window, where the data's are shorter
 FLOOR = 1e-3  # nats a sequence: an SSM's scan in chunks and its steps one by one differ by so much in fp32
 
@@ -35,10 +50,11 @@ class Plain:
     sequences: Sequences
     logps: torch.Tensor  # (N,), float64
     sigma: float  # nats a token
+    factor: float = FACTOR
 
     def allowed(self) -> torch.Tensor:
         tokens = torch.tensor([len(output) for _, output in self.sequences], dtype=torch.float64)
-        return (FACTOR * self.sigma * tokens.sqrt()).clamp(min=FLOOR)
+        return (self.factor * self.sigma * tokens.sqrt()).clamp(min=FLOOR)
 
     def compare(self, what: str, logps: torch.Tensor) -> "Comparison":
         """How `logps` (N,) of the same sequences differ from these: the sequence that is furthest over its bound."""
@@ -68,7 +84,7 @@ class Comparison:
         )
 
 
-def plain(model, sequences: Sequences) -> Plain:
+def plain(model, sequences: Sequences, factor: float = FACTOR) -> Plain:
     """The plain way: eager attention on the loaded weights, a row at a time, no mask, no cache.
 
     `model` may be wrapped (DDP, DeepSpeed, FSDP, PEFT) and is left as it was; all ranks call with the same sequences.
@@ -80,7 +96,7 @@ def plain(model, sequences: Sequences) -> Plain:
             for sequence, logp in list(zip(sequences, logps.tolist(), strict=True))[:2]:
                 squares += (_row_logp(model, *sequence) - logp) ** 2
                 tokens += len(sequence[1])
-    return Plain(sequences, logps, math.sqrt(squares / tokens))
+    return Plain(sequences, logps, math.sqrt(squares / tokens), factor)
 
 
 def choose_scoring(
@@ -93,7 +109,7 @@ def choose_scoring(
     `say` tells which; what a part doesn't confirm is decided on all layers. Where the numbers of no packing hold, the
     model's own eager attention is set, and then `ValueError`. `say` tells what was compared, and why a way was left.
     """
-    inner, made = inner_model(model), list(made)
+    inner, made, factor = inner_model(model), list(made), FACTOR
     if packing == "tree" and (reason := why_not_tree(inner)):
         say(f"{inner.config.model_type}: {reason}; rows are padded instead of packed into trees")
         packing = "padded"
@@ -105,12 +121,12 @@ def choose_scoring(
                 seconds = seconds if exact else seconds / 2
                 part = excerpt(inner, sequences, made, packing, lambda some: seconds_of(model, some), seconds)
                 if not exact:
-                    packing = _exactly(model, part, packing, device, say)
-            if part.layers < part.of_layers and (found := _first_look(model, part, packing, device)):
+                    packing, factor = _exactly(model, part, packing, device, say)
+            if part.layers < part.of_layers and (found := _first_look(model, part, packing, device, factor)):
                 say(f"self-check: {found}{left_out(part, inner.config)}")
                 return packing
             sequences = part.sequences
-            known = plain(model, sequences)
+            known = plain(model, sequences, factor)
             refuse_if_later_tokens_count(model, sequences, known)
     except torch.OutOfMemoryError:
         raise
@@ -142,42 +158,49 @@ def choose_scoring(
     )
 
 
-def _exactly(model, part: Excerpt, packing: str, device, say: Callable) -> str:
-    """`packing`, or what is left of it: the same comparison in fp32, through the first layers of each kind.
-
-    In bf16 and fp16 rounding explains whole nats of a long sequence, which a dropped sink or a leaking state may hide
-    in; in fp32 it explains nothing.
-    """
-    few = replace(part, layers=part.few or part.of_layers)
+def _exactly(model, part: Excerpt, packing: str, device, say: Callable) -> tuple[str, float]:
+    """`packing`, or what is left of it, and the factor for its own precision: the same comparison in fp32."""
     for way in ["tree"] * (packing == "tree") + ["padded"]:
-        try:
-            with few.of(inner_model(model)), in_fp32(model):
-                found = _look(model, few, way, device)
-        except torch.OutOfMemoryError:
-            raise
-        except (ValueError, *FAILURES):  # a class that can't be run so: its own precision decides alone
-            return packing
+        found = exactly(model, part, lambda few, way=way: _look(model, few, way, device))
+        if found is None:
+            return packing, FACTOR
         if found.holds:
-            return way
+            return way, LOOSE
         say(f"self-check: in fp32, {found}; not used")
     if takes_attention(type(inner_model(model))):
         use_eager(model)
-    return "padded"
+    return "padded", FACTOR
 
 
-def _look(model, part: Excerpt, way: str, device) -> "Comparison":
+def exactly(model, part: Excerpt, look: Callable[[Excerpt], "Comparison | None"]) -> "Comparison | None":
+    """What `look` finds in fp32 through the first layers of each kind; None for a class that can't be run so, or where
+    memory has no room: its own precision decides alone."""
+    few = replace(part, layers=part.few or part.of_layers)
+    with few.of(inner_model(model)):
+        if not room_in_fp32(model):
+            return None
+        try:
+            with in_fp32(model):
+                return look(few)
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, *FAILURES):
+            return None
+
+
+def _look(model, part: Excerpt, way: str, device, factor: float = FACTOR) -> "Comparison":
     with torch.no_grad(), evaluating(model):
-        known = plain(model, part.sequences)
+        known = plain(model, part.sequences, factor)
         refuse_if_later_tokens_count(model, part.sequences, known)
         logps = score(model, part.sequences, way, device)
     return known.compare(f"{way.replace('tree', 'tree-packed')} scoring", logps)
 
 
-def _first_look(model, part: Excerpt, way: str, device) -> "Comparison | None":
+def _first_look(model, part: Excerpt, way: str, device, factor: float) -> "Comparison | None":
     """The comparison on a part of the layers, where it confirms `way`."""
     try:
         with part.of(inner_model(model)):
-            found = _look(model, part, way, device)
+            found = _look(model, part, way, device, factor)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, *FAILURES):  # a class that isn't run in parts; whatever it is, all layers will show it
@@ -330,7 +353,7 @@ def _configs(model) -> list:
 def _rounded_otherwise(model):
     """Each linear layer's output changed by up to its precision's step at the row's size, as another order of
     summation would round it."""
-    draw = {}
+    draw, tf32 = {}, rounds_products(next(model.parameters()).device.type)
 
     def hook(module, inputs, output):
         if not torch.is_tensor(output) or not output.is_floating_point():
@@ -338,7 +361,8 @@ def _rounded_otherwise(model):
         if output.device not in draw:
             draw[output.device] = torch.Generator(output.device).manual_seed(0)
         noise = torch.empty_like(output, dtype=torch.float32).uniform_(-1, 1, generator=draw[output.device])
-        size = output.float().pow(2).mean(-1, keepdim=True).sqrt() * torch.finfo(output.dtype).eps
+        step = 2**-10 if output.dtype == torch.float32 and tf32 else torch.finfo(output.dtype).eps
+        size = output.float().pow(2).mean(-1, keepdim=True).sqrt() * step
         return (output.float() + noise * size).to(output.dtype)
 
     linear = [m for m in inner_model(model).modules() if isinstance(m, torch.nn.Linear | Conv1D | torch.nn.Embedding)]
