@@ -1,10 +1,10 @@
 """MolT5's wrong molecules that are right but for stereo, of which its vocabulary can't write half (docs/paper.md).
 
     git clone https://github.com/blender-nlp/MolT5
-    python benchmarks/molt5_stereo.py --predictions MolT5/predictions --molecules ../shared/data/lpm24/train_props.txt.gz
+    python benchmarks/molt5_stereo.py --predictions MolT5/predictions --molecules lpm24/train_props.txt.gz
 
-Of each file of --predictions (columns `ground truth` and `output`): wrong outputs, those of them that RDKit parses, those
-that are gold without its backslashes, and those that differ from gold in any stereo only; by canonical SMILES. Of
+Of each file of --predictions (columns `ground truth` and `output`): wrong outputs, those of them that RDKit parses,
+those that are gold without its backslashes, and those that differ from gold in any stereo only; by canonical SMILES. Of
 --molecules (the first column of each line): how many have a backslash, and what every --nth of these is without it.
 """
 
@@ -16,7 +16,8 @@ from pathlib import Path
 
 from rdkit import Chem, rdBase
 
-COUNTS = ("rows", "backslash in gold", "backslash in output", "wrong", "valid", "gold without backslashes", "stereo only")
+COUNTS = ("rows", "backslash in gold", "backslash in output", "wrong", "valid")
+COUNTS += ("gold without backslashes", "stereo only")
 
 
 def canonical(smiles: str, stereo: bool = True) -> str | None:
@@ -69,10 +70,10 @@ def main() -> None:
     with rdBase.BlockLogs():
         for file in sorted(args.predictions.glob("molt5-*-caption2smiles.txt")):
             found[file.stem] = of_predictions(file)
-            print(f"{file.stem}: " + ", ".join(f"{key} {count:,}" for key, count in found[file.stem].items()), flush=True)
         if args.molecules:
             found[args.molecules.name] = of_molecules(args.molecules, args.nth)
-            print(f"{args.molecules.name}: " + ", ".join(f"{k} {n:,}" for k, n in found[args.molecules.name].items()))
+    for name, counts in found.items():
+        print(f"{name}: " + ", ".join(f"{key} {count:,}" for key, count in counts.items()))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
 

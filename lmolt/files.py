@@ -380,13 +380,21 @@ def _lines(text: str) -> list[str]:
     return lines[:-1] if lines[-1] == "" else lines
 
 
+def _each_once(members: list[tuple]) -> dict:
+    """A JSON object, of which `json` would keep the last of two members with one name."""
+    row = dict(members)
+    if len(row) < len(members):
+        raise ValueError(f"{max(row, key=[name for name, _ in members].count)!r} is in it twice")
+    return row
+
+
 def _read_jsonl(path: Path, text: str) -> list[dict]:
     rows = []
     for number, line in enumerate(_lines(text.rstrip("\r\n")), 1):
         if not line.strip():
             raise ValueError(f"{path} row {number} is blank; remove the line")
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_each_once)
         except (ValueError, RecursionError) as error:  # the latter: nested by the thousand
             reason = " ".join(str(error).split())[:80]
             raise ValueError(f"{path} row {number}: {line[:80]!r} is not JSON ({reason}); one object a line") from None

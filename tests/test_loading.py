@@ -149,6 +149,12 @@ def test_a_router_that_is_a_linear_layer_of_its_own_kind_has_no_adapter(tmp_path
     policy.train()(torch.arange(3, 20)[None]).logits.sum().backward()
 
 
+def test_a_linear_layer_of_a_models_own_kind_that_gives_a_product_has_one(tmp_path):
+    policy = loading.add_adapter(load(zoo.save_tiny("falcon", tmp_path)), None, r=2, alpha=4, dropout=0.1,
+                                 target_modules="all-linear")  # fmt: skip
+    assert sum("lora_A" in name for name, _ in policy.named_parameters()) == 4 * 4
+
+
 def test_a_vision_tower_has_no_adapter(tmp_path, capsys):
     text = LLAMA | {"head_dim": 8, "vocab_size": 64}
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -66,6 +66,12 @@ def test_chebi20_columns_byte_order_mark_and_doubled_backslashes(tmp_path):
         ("t.csv", 'molecule,caption\nC,"gas\n', "broken quoting"),
         ("t.csv", "a,a\n1,2\n", "column 'a' appears twice"),
         ("t.jsonl", '{"molecule": "C", "caption": "gas"}\n{"molecule"\n', "row 2: .* is not JSON"),
+        ("t.jsonl", '{"molecule": "C", "caption": "gas", "molecule": "N"}\n', "row 1: .*'molecule' is in it twice"),
+        (
+            "t.jsonl",
+            '{"id": 1.0, "molecule": "C", "caption": "gas"}\n',
+            "row 1: the id is 1.0; write a text or a whole",
+        ),
         ("t.jsonl", '{"molecule": "C", "caption": null}\n', "row 1: 'caption' is empty"),
         ("t.jsonl", '{"molecule": "C", "caption": NaN}\n', "row 1: 'caption' is empty"),
         ("t.jsonl", "[1]\n", "row 1: .* is not a JSON object"),

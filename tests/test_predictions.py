@@ -132,7 +132,16 @@ def test_our_own_tables_come_back(tmp_path, suffix):
 
 def test_a_tables_own_references_count_and_not_the_pairs(tmp_path):
     rows, counts = read_predictions(write(tmp_path / "o.tsv", HEADER + "one\tCC\tC\n"), "cap2mol", PAIRS)
-    assert rows[0]["reference"] == "CC" and counts == {"references_of_file": 1}
+    assert rows[0]["reference"] == "CC" and counts == {
+        "references_of_file": 1,
+        "unknown_source": 1,
+        "pair_without_row": 2,
+    }
+    more = [row | {"prediction": "C", "reference": row["reference"] + "C"} for row in rows_of_pairs(PAIRS, "cap2mol")]
+    write_table([*more, more[0], more[0] | {"id": "no pair's"}], tmp_path / "o.jsonl")
+    _, counts = read_predictions(tmp_path / "o.jsonl", "cap2mol", [*PAIRS, PAIRS[0] | {"id": "left out"}])
+    unlike = {"reference_unlike_the_pairs": len(more) + 1, "unknown_id": 1, "repeated_id": 1, "pair_without_row": 1}
+    assert counts == {"references_of_file": len(more) + 2} | unlike
 
 
 def test_a_missing_file():

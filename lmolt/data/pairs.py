@@ -168,6 +168,8 @@ def _as_pairs(rows: list[dict], where: str, counts: Counter, invalid: str, need:
         else:
             # Not its number alone: outputs that have ids of their own would find the wrong row.
             own = None if found["id"] is None else row.get(found["id"])
+            if isinstance(own, bool | float | list | dict | bytes):
+                raise ValueError(f"{where} row {number}: the id is {own!r:.80}; write a text or a whole number")
             pair = {"id": f"row {number}" if own is None else str(own), **values}
             if row.get("split") is not None:
                 pair["split"] = str(row["split"])

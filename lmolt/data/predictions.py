@@ -58,11 +58,11 @@ def read_predictions(
 ) -> tuple[list[dict], Counter]:
     """Prediction rows of one direction, one output each, and what was odd about the file, counted by cause.
 
-    A table's own references count, whatever `pairs` has; one with ids finds its sources and references in `pairs`.
-    Without `references` none is wanted, and none is in the rows. A missing output is an empty prediction, since the
-    system failed; a missing reference is a `ValueError`, since the data did. `ValueError` also on several outputs of
-    one row, on outputs that are no text, on ids that are no pair's, on a row count that differs from `pairs`, and on
-    bytes that are not `encoding`; `FileNotFoundError` where there is no file.
+    A table's own references count, and how they differ from `pairs` is counted; one with ids alone finds its sources
+    and references in `pairs`. Without `references` none is wanted, and none is in the rows. A missing output is an
+    empty prediction, since the system failed; a missing reference is a `ValueError`, since the data did. `ValueError`
+    also on several outputs of one row, on outputs that are no text, on ids that are no pair's, on a row count that
+    differs from `pairs`, and on bytes that are not `encoding`; `FileNotFoundError` where there is no file.
     """
     path, counts = Path(path), Counter()
     kind, content = _content(path, direction, encoding, pairs is not None or not references)
@@ -121,6 +121,7 @@ def read_predictions(
         rows = [row | {"reference": None} for row in rows]
     elif pairs is not None and kind != "lines" and (kind == "reference table" or records[0].reference is not None):
         counts["references_of_file"] = len(rows)
+        counts += _unlike_pairs(rows, pairs, direction, "source" if kind == "reference table" else "id")
     for number, row in enumerate(rows if references else (), 1):
         if not row["reference"].strip():
             raise ValueError(
@@ -129,6 +130,20 @@ def read_predictions(
             )
     counts["empty_prediction"] = sum(not row["prediction"].strip() for row in rows)
     return rows, +counts
+
+
+def _unlike_pairs(rows: list[dict], pairs: list[dict], direction: str, key: str) -> Counter:
+    """What rows that have references of their own have otherwise than the pairs with their `key`, "id" or "source"."""
+    counts, of = Counter(), {row[key]: row for row in rows_of_pairs(pairs, direction)}
+    for row in rows:
+        pair = of.get(row[key])
+        counts[f"unknown_{key}"] += pair is None
+        for column in ("source", "reference") if pair else ():
+            counts[f"{column}_unlike_the_pairs"] += row[column].strip() != pair[column].strip()
+    named = {row[key] for row in rows}
+    counts[f"repeated_{key}"] = len(rows) - len(named)
+    counts["pair_without_row"] = len(of.keys() - named)
+    return counts
 
 
 def read_candidates(

@@ -1,5 +1,6 @@
 """Load a policy: base model, 4-bit quantisation, LoRA adapter (new, or one that training continues)."""
 
+import functools
 import os
 import pickle
 import re
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from lmolt.files import read_json
 from lmolt.models.adapters import load_adapter
 from lmolt.models.attention import TREE
+from lmolt.models.excerpt import FAILURES
 from lmolt.models.self_check import takes_attention
 from lmolt.models.tokenizers import check_tokenizer
 
@@ -310,9 +312,7 @@ def _targets(model, target_modules: str) -> str | list[str]:
     linear = {name: m for name, m in linear.items() if m is not model.get_output_embeddings()}
     text = [name for name, module in linear.items() if id(module) in of_text]
     fused = any(p.ndim == 3 and re.search(r"experts\b", name) for name, p in decoder.named_parameters())
-    # a model's own kind of linear layer gives more than a product (Llama 4's router), which PEFT can't add to
-    theirs = ("transformers.models.", "transformers_modules.")
-    own = {name for name in text if type(linear[name]).__module__.startswith(theirs)}
+    own = {name for name in text if not _is_product(type(linear[name]))}
     kept = [name for name in text if name not in own and not (fused and name.rpartition(".")[2] in EXPERTS)]
     if len(text) < len(linear):
         others = len(linear) - len(text)
@@ -324,7 +324,23 @@ def _targets(model, target_modules: str) -> str | list[str]:
         )
     if own and not fused:
         say(f"adapter: none on {len(own)} layers of the model's own kind, such as {min(own)}")
+    if not kept:
+        raise ValueError(f"{model.config.model_type} has no linear layer that LoRA can be added to")
     return target_modules if kept == list(linear) and not fused else kept
+
+
+@functools.cache
+def _is_product(layer: type) -> bool:
+    """Whether a class of linear layers gives W x + b and no more: PEFT can add nothing to Llama 4's router, which gives
+    its scores, and its indices."""
+    if not layer.__module__.startswith(("transformers.models.", "transformers_modules.")):
+        return True  # torch's, transformers' Conv1D, bitsandbytes'
+    try:
+        with torch.no_grad(), torch.random.fork_rng([]):
+            one, x = layer(4, 3), torch.randn(2, 4)
+            return torch.allclose(one(x), torch.nn.functional.linear(x, one.weight, one.bias), atol=1e-4)
+    except FAILURES:
+        return False
 
 
 def check_saved_adapter(folder: Path, model) -> None:
