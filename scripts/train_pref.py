@@ -40,6 +40,7 @@ from lmolt.distributed.preemption import PreemptionCallback
 from lmolt.files import SHIPPED, run_main, sha256_file, versions
 from lmolt.models import loading
 from lmolt.models.adapters import check_made_for
+from lmolt.models.precision import bf16_is_slow
 from lmolt.models.tokenizers import check_texts
 from lmolt.prompts import COLUMNS, build_prompt
 from lmolt.recipes import apply_recipe, describe_unknown
@@ -67,7 +68,12 @@ def parse_arguments(argv: list[str]) -> PreferenceArguments:
     given = {argument.split("=")[0] for argument in argv}
     default = None if given & {"--model", "--triples", "--pairs", "--recipe"} else SHIPPED / "recipes" / "demo.yaml"
     recipe = apply_recipe(parser, argv, default)
-    args, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    parse = lambda: parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    args, _, unknown = parse()
+    if args.use_cpu and args.bf16 and "--bf16" not in given and "bf16" not in recipe and bf16_is_slow():
+        parser.set_defaults(bf16=False)
+        args, _, unknown = parse()
+        loading.say("this processor has no fast bf16: training computes in fp32 (--bf16 true has it all the same)")
     if unknown:
         raise ValueError(describe_unknown(unknown, parser._option_string_actions))
     for name in ("do_train", "do_eval", "restore_callback_states_from_checkpoint"):

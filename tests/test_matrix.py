@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lmolt.generation import routes
 from lmolt.generation.decoding import Settings, decode, generate, read_prefix
-from lmolt.models import attention, loading, self_check, tree
+from lmolt.models import attention, excerpt, loading, self_check, tree
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "models.md"
@@ -244,6 +244,19 @@ def test_what_rounding_could_hide_in_decoding_is_seen_in_fp32(dtype, tmp_path, m
     monkeypatch.setattr(routes, "read_prefix", lambda model, prefix: read_prefix(model, prefix[::-1]))
     found, said = way("llama")
     assert said[0].startswith("in fp32, decoding, behind a shared prefix, differs from") and found == "batch"
+
+
+def test_tf32_is_a_precision_of_its_own_and_off_where_fp32_is_meant():
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = "tf32"  # what --tf32 sets
+        assert excerpt.rounds_products("cuda") and not excerpt.rounds_products("cpu")
+        with excerpt.in_fp32(torch.nn.Linear(2, 2)):
+            assert products.fp32_precision == "ieee"
+        assert products.fp32_precision == "tf32"
+    finally:
+        products.fp32_precision = before
 
 
 FAULTS = {  # with no time for more than a part: each is seen in it

@@ -300,13 +300,30 @@ def _pad(rows: list[list[int]], fill: int = 0):
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
 
 
+def _orthogonalise(gradient, coefficients: tuple[float, float, float], steps: int, eps: float):
+    """Muon's quintic Newton-Schulz iteration towards U V^T of a gradient (R, C) = U S V^T, in its own precision."""
+    a, b, c = coefficients
+    x = gradient.T if gradient.size(0) > gradient.size(1) else gradient
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if gradient.size(0) > gradient.size(1) else x
+
+
 def _optimise(model, rows: list[tuple[list[int], list[int]]], loss, epochs: int, description: str, seed: int) -> None:
     """Minimise `loss(batch)` over (source ids, target ids): Muon for the linear layers, AdamW for the rest.
 
     Muon (Jordan et al. 2024) learns to read the source in half of the steps that AdamW needs here.
     """
     import torch
+    from torch.optim import _muon
     from tqdm import tqdm
+
+    from lmolt.models.precision import bf16_is_slow
+
+    if bf16_is_slow():  # torch's does this in bf16: on a processor without it, a minute of training took ten
+        _muon._zeropower_via_newtonschulz = _orthogonalise
 
     draw = random.Random(seed)
     steps = [batch for _ in range(epochs) for batch in _batches(rows, draw)]

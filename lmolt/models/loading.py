@@ -22,6 +22,7 @@ from lmolt.files import read_json
 from lmolt.models.adapters import load_adapter
 from lmolt.models.attention import TREE
 from lmolt.models.excerpt import FAILURES
+from lmolt.models.precision import bf16_is_slow
 from lmolt.models.self_check import takes_attention
 from lmolt.models.tokenizers import check_tokenizer
 
@@ -39,7 +40,7 @@ def say(line: str) -> None:
 
 
 def nf4(half: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
-    """QLoRA's storage: NF4 with double quantisation, computing in bf16 (the paper's appendix) or another `half`."""
+    """QLoRA's storage: NF4 with double quantisation, computing in bf16 (the paper's appendix) or another precision."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -136,6 +137,8 @@ def load_base(
             "again; use --load_in_4bit false, or the unquantised model"
         )
     half = torch.float16 if dtype == torch.float16 else torch.bfloat16  # GPUs before Ampere have no bf16
+    if dtype == torch.float32 and (use_cpu or not torch.cuda.is_available()) and bf16_is_slow():
+        half = torch.float32
     kwargs = {"quantization_config": nf4(half)} if load_in_4bit else {}
     if torch.cuda.is_available() and not is_deepspeed_zero3_enabled() and (load_in_4bit or not is_fsdp_enabled()):
         # else each process fills the machine's memory first, and NF4 goes to a GPU that the run leaves alone

@@ -1,9 +1,10 @@
 """PEFT's LoRA layers with fewer passes over memory: the same numbers, and one dropout mask for each module's input.
 
 PEFT computes `base(x) + B(A(dropout(x))) * scale` with a mask for each of q, k and v, though their input is one, a copy
-of a 4-bit layer's output, a product by the scale and a sum, each a pass over (T, out) and a launch. Here the sum takes
-the scale with it, and layers that share an input share its mask: each adapter still sees each of its inputs dropped
-with the same probability, but those of one input together.
+of a 4-bit layer's output, a product by the scale and a sum, each a pass over (T, out) and a launch, in the backward pass
+too. Here the scale is taken on the (T, r) between A and B, and B's product adds itself to the base's; and layers that
+share an input share its mask: each adapter still sees each of its inputs dropped with the same probability, but those
+of one input together.
 """
 
 from types import MethodType
@@ -21,6 +22,8 @@ def lean_adapters(model: torch.nn.Module) -> int:
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and type(m).__name__ in PLAIN]
     for layer in layers:
         layer.forward = MethodType(_forward, layer)
+        for up in layer.lora_B.values():
+            up.forward = MethodType(_onto, up)
     return len(layers)
 
 
@@ -38,8 +41,20 @@ def _forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if autocast:
             x = _in(x, torch.get_autocast_dtype(x.device.type))
         x = _dropped(x, dropout.p)
-    added = self.lora_B[name](self.lora_A[name](x))  # by their modules, whose hooks ZeRO-3 and FSDP need
-    return torch.add(base, added, alpha=self.scaling[name])
+    inner = self.lora_A[name](x)  # (..., r); by its module, as B below, whose hooks ZeRO-3 and FSDP need
+    if self.scaling[name] != 1:
+        inner = inner * self.scaling[name]
+    precision = torch.get_autocast_dtype(x.device.type) if autocast else inner.dtype
+    if base.dtype == precision and self.lora_B[name].bias is None:
+        return self.lora_B[name](inner, base)
+    return base + self.lora_B[name](inner)
+
+
+def _onto(self, x: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
+    """B's product, added to `base` (..., out) by the same kernel where it is given."""
+    if base is None:
+        return F.linear(x, self.weight, self.bias)
+    return torch.addmm(base.flatten(0, -2), x.flatten(0, -2), self.weight.t()).view(base.shape)
 
 
 def _in(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
