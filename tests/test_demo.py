@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from rdkit import Chem
 from rdkit.Chem import Descriptors
@@ -385,6 +386,17 @@ def test_models_load_and_were_trained_from_one_start(tiny):
         t5 = AutoModelForSeq2SeqLM.from_pretrained(tiny / "models" / f"t5_{direction}")
         assert t5.config.decoder_start_token_id == tokenizer.pad_token_id
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (32, 48)])
+def test_muon_in_fp32_is_torchs_in_bf16(shape):
+    torch.manual_seed(0)
+    gradient, settings = torch.randn(shape), ((3.4445, -4.775, 2.0315), 5, 1e-7)
+    expected = torch.optim._muon._zeropower_via_newtonschulz(gradient, *settings)
+    found = build._orthogonalise(gradient, *settings)
+    assert found.dtype == torch.float32 and (found - expected.float()).norm() < 0.02 * found.norm()
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.5 and values.max() < 1.3
 
 
 def test_only_what_lacks_is_built(tiny, capsys):

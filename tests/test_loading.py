@@ -125,6 +125,18 @@ def test_a_run_on_the_cpu_leaves_a_gpu_alone(llama, monkeypatch, use_cpu, where,
     assert asked == [{"": where}]
 
 
+@pytest.mark.parametrize(("slow", "computes"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_nf4_computes_in_what_the_processor_has(llama, monkeypatch, slow, computes):
+    monkeypatch.setattr(loading, "bf16_is_slow", lambda: slow)
+    computing = lambda dtype: {
+        module.compute_dtype
+        for module in loading.load_base(str(llama), load_in_4bit=True, dtype=dtype).modules()
+        if type(module).__name__ == "Linear4bit"
+    }
+    assert computing(torch.float32) == {computes}
+    assert computing(torch.bfloat16) == {torch.bfloat16} and computing(torch.float16) == {torch.float16}
+
+
 def test_target_modules_with_commas(llama):
     options = {"r": 2, "alpha": 4, "dropout": 0.0}
     policy = loading.add_adapter(load(llama), None, target_modules="q_proj, v_proj", **options)

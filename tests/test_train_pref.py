@@ -181,6 +181,18 @@ def test_no_traceback_for_a_mistake(tmp_path):
     assert err.strip().splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.parametrize("slow", [True, False])
+def test_bf16_is_the_default_where_the_processor_has_it(slow, monkeypatch, capsys):
+    script = load_script("train_pref")
+    monkeypatch.setattr(script, "bf16_is_slow", lambda: slow)
+    given = ["--model", "m", "--triples", "t.jsonl"]
+    assert script.parse_arguments(given).bf16 is not slow
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == ("no" if slow else "bf16")
+    assert capsys.readouterr().out.startswith("this processor has no fast bf16") is slow
+    assert script.parse_arguments([*given, "--bf16", "true"]).bf16 and not capsys.readouterr().out
+    assert not script.parse_arguments([*given, "--bf16", "false"]).bf16
+
+
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_policy, triples_file):
     """SIGKILL while checkpoints are written, twice; LMOLT_KILLS=10 in the environment for more."""
     wanted = int(os.environ.get("LMOLT_KILLS", "2"))

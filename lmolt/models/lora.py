@@ -1,10 +1,10 @@
 """PEFT's LoRA layers with fewer passes over memory: the same numbers, and one dropout mask for each module's input.
 
 PEFT computes `base(x) + B(A(dropout(x))) * scale` with a mask for each of q, k and v, though their input is one, a copy
-of a 4-bit layer's output, a product by the scale and a sum, each a pass over (T, out) and a launch, in the backward pass
-too. Here the scale is taken on the (T, r) between A and B, and B's product adds itself to the base's; and layers that
-share an input share its mask: each adapter still sees each of its inputs dropped with the same probability, but those
-of one input together.
+of a 4-bit layer's output, a product by the scale and a sum, each a pass over (T, out) and a launch, in the backward
+pass too. Here the scale is taken on the (T, r) between A and B, and B's product adds itself to the base's; and layers
+that share an input share its mask: each adapter still sees each of its inputs dropped with the same probability, but
+those of one input together.
 """
 
 from types import MethodType
