@@ -83,6 +83,13 @@ def elect(
 
     `rounded` is applied after every step; where not `exact`, ties are what rounding makes of them. Votes are turned so
     that the elected sign is +: agreeing ones are then > 0.
+
+    Two deltas of three values at 0.95 and 0.05, normalised; the first and the last are conflicts:
+
+        deltas    0.2   -0.4    0.3        -0.2   -0.1   -6.0
+        votes     0.19  -0.38   0.285      -0.01  -0.005 -0.3
+        sum       0.18  -0.385 -0.015      elected: + - -
+        added     0.2   -0.385 -6.0        the agreeing votes' sum over their weights': 0.19 / 0.95, -0.385, -0.3 / 0.05
     """
     number, integer = deltas[0].dtype.type, INTEGERS[deltas[0].itemsize]
     weights = [rounded(np.array([weight], number))[0] for weight in weights]
