@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 COMMAND_LINE_ONLY = ("trust_remote_code", "overwrite_output_dir", "push_to_hub", "resume_from_checkpoint", "recipe")
 COMMAND_LINE_ONLY += ("help", "help_all", "overwrite")
 MAX_BYTES, MAX_DEPTH = 100_000, 8
+LEAST = dict.fromkeys(("n_shuffles", "no_repeat_ngram_size", "delta_threshold", "chrf_threshold", "temperature"), 0)
+LEAST |= dict.fromkeys(("max_new_tokens", "num_beams", "num_candidates", "num_rejected", "tokens_per_batch"), 1)
+LEAST |= dict.fromkeys(("limit", "n_bootstrap", "port"), 1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,7 +52,17 @@ class Parser(argparse.ArgumentParser):
         found, unknown = (None, unknown) if unknown else self.parse_known_args(args, namespace)
         if unknown:
             raise ValueError(describe_unknown(unknown, self._option_string_actions))
+        self._check_numbers(found)
         return found
+
+    def _check_numbers(self, found: argparse.Namespace) -> None:
+        """`ValueError` on a number that is not finite, or under the least that its flag takes."""
+        for name, value in vars(found).items():
+            for one in value if isinstance(value, list) else [value]:
+                if isinstance(one, float) and not math.isfinite(one):
+                    raise ValueError(f"--{name} {one}: give a finite number")
+                if isinstance(one, int | float) and name in LEAST and one < LEAST[name]:
+                    raise ValueError(f"--{name} {one}: at least {LEAST[name]}")
 
     def error(self, message: str):
         raise ValueError(f"{message}; --help lists the flags")

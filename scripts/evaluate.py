@@ -153,8 +153,6 @@ def chosen_pairs(args: argparse.Namespace, counts: Counter) -> list[dict]:
         directions = args.direction if args.predictions else args.directions
         options["need"] = tuple(dict.fromkeys(COLUMNS[direction][0] for direction in directions))
     pairs = read_pairs(args.pairs, args.split, counts, **options)
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: give a number of pairs, at least 1")
     if args.limit is not None and args.limit < len(pairs):
         pairs = [pairs[i] for i in sorted(random.Random(args.seed).sample(range(len(pairs)), args.limit))]
     if (

@@ -176,6 +176,8 @@ def translate(
     """
     if num_beams > 1 and temperature > 0:
         raise ValueError(f"num_beams {num_beams} and temperature {temperature} exclude each other")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens}: at least 1")
     if not 1 <= num_return <= num_beams:
         raise ValueError(f"num_return {num_return}: of {num_beams} beams, at most so many can be returned")
     if not 0 < top_p <= 1:
