@@ -1,27 +1,14 @@
-"""Whether a processor has bf16 at the speed of fp32, or computes it in a loop."""
-
-import functools
-import time
+"""Whether a processor has kernels for bf16, or torch computes it in a loop."""
 
 import torch
 
-SLOWER = 8
 
-
-@functools.cache
 def bf16_is_slow() -> bool:
-    """Whether this machine's CPU takes over `SLOWER` times as long for a product in bf16 as in fp32, by measurement.
+    """Whether torch multiplies bf16 in a loop on this machine's CPU: where oneDNN has no kernel for it.
 
-    Without AVX-512 (most laptops, AMD before Zen 4) torch has no kernel for it: 0.6 against 66 GFLOP/s on an EPYC with
-    AVX2. With units for bf16, or AVX-512, it is as fast or faster.
+    So without AVX-512 (most laptops, AMD before Zen 4): 0.6 against 66 GFLOP/s in fp32 on an EPYC with AVX2. It is
+    oneDNN's own answer and not a measurement, which came out the other way on a machine under load; a resumed run has to
+    find the same.
     """
-    took = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        square = torch.ones(192, 192, dtype=dtype)
-        times = []
-        for _ in range(4):  # the first sets up
-            start = time.perf_counter()
-            square @ square
-            times.append(time.perf_counter() - start)
-        took[dtype] = min(times[1:])
-    return took[torch.bfloat16] > SLOWER * took[torch.float32]
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is None or not torch.backends.mkldnn.is_available() or not supported()
