@@ -194,8 +194,8 @@ def test_bf16_is_the_default_where_the_processor_has_it(slow, monkeypatch, capsy
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_policy, triples_file):
-    """SIGKILL while checkpoints are written, twice; LMOLT_KILLS=10 in the environment for more."""
-    wanted = int(os.environ.get("LMOLT_KILLS", "2"))
+    """SIGKILL while checkpoints are written, three times; LMOLT_KILLS=10 in the environment for more."""
+    wanted = int(os.environ.get("LMOLT_KILLS", "3"))
     arguments = ["--loss", "kto", "--model", tiny_policy, "--triples", triples_file, *QUICK]
     arguments += ["--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no", "--eval_fraction", "0"]
     arguments += ["--num_train_epochs", str(2 + wanted // 2), "--lora_r", "8"]
