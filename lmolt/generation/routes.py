@@ -11,9 +11,7 @@ from accelerate.utils import broadcast_object_list
 from lmolt.generation.decoding import Settings, decode, empty_cache, generate, read_prefix, takes
 from lmolt.models.excerpt import FAILURES, SECONDS, Excerpt, excerpt, is_exact, room_for
 from lmolt.models.self_check import (
-    FACTOR,
     LONGEST,
-    LOOSE,
     Comparison,
     exactly,
     inner_model,
@@ -112,20 +110,19 @@ def _is_right(model, way: str, part: Excerpt, prefix_length: int, say: Callable)
 
     In bf16, fp16 and NF4 fp32 has the first word (lmolt/models/self_check.py).
     """
-    quiet, factor = (lambda _: None), FACTOR
+    quiet = lambda _: None
     if not is_exact(model):
         found = exactly(model, part, lambda few: _compare(model, way, few, prefix_length, FEW, quiet))
         if found is not None and not found.holds:
             say(f"in fp32, {found}; not used for this {model.config.model_type}")
             return False
-        factor = FACTOR if found is None else LOOSE
     if part.layers < part.of_layers:
         with part.of(inner_model(model)):
-            found = _compare(model, way, part, prefix_length, FEW, quiet, factor)
+            found = _compare(model, way, part, prefix_length, FEW, quiet)
         if found is not None and found.holds:
             say(f"self-check: {found}{left_out(part, model.config)}")
             return True
-    found = _compare(model, way, part, prefix_length, NEW, say, factor)
+    found = _compare(model, way, part, prefix_length, NEW, say)
     if found is None:
         return False
     if found.holds:
@@ -135,9 +132,7 @@ def _is_right(model, way: str, part: Excerpt, prefix_length: int, say: Callable)
     return found.holds
 
 
-def _compare(
-    model, way: str, part: Excerpt, prefix_length: int, new: int, say: Callable, factor: float = FACTOR
-) -> Comparison | None:
+def _compare(model, way: str, part: Excerpt, prefix_length: int, new: int, say: Callable) -> Comparison | None:
     rows = [row for row, _ in part.sequences]
     prefix_length = min(prefix_length, len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
     room = _positions(model) - (0 if model.config.is_encoder_decoder else max(map(len, rows)))
@@ -154,7 +149,7 @@ def _compare(
                 rest = [row[prefix_length:] for row in rows]
                 options = {"prefix_cache": cache, "prefix_length": prefix_length, "logps": logps}
                 outputs = decode(model, [], rest, settings, [], **options)
-            known = plain(model, list(zip(rows, outputs, strict=True)), factor)
+            known = plain(model, list(zip(rows, outputs, strict=True)))
         except torch.OutOfMemoryError:
             raise
         except (ValueError, *FAILURES) as error:

@@ -1,6 +1,6 @@
 """A loaded model proved against itself: what is fast against plain attention, one row, no cache, on the same weights.
 
-    |sum log p (fast) - sum log p (plain)|  <=  max(FLOOR, factor * sigma * sqrt(tokens))        in nats a sequence
+    |sum log p (fast) - sum log p (plain)|  <=  max(FLOOR, FACTOR * sigma * sqrt(tokens))        in nats a sequence
 
 sigma is what rounding does to one token's log-probability in this model at its precision. It is measured and not
 assumed: the plain pass is run again with each linear layer's output changed by as much as its rounding may. Errors of
@@ -8,8 +8,7 @@ rounding add up like a random walk, so the bound grows with the square root of a
 model with large logits are not refused, and forty of a model that was trained a little further are not let through.
 
 In bf16, fp16 and NF4 what rounding explains can hide a dropped sink or a leaking state. There the same is looked at in
-fp32 first, through the first layers of each kind, by FACTOR. What fp32 confirms has the right algebra, and its own
-precision is then given LOOSE: a token that rounding sends to another expert differs by more than sigma tells.
+fp32 first, through the first layers of each kind; then in its own precision, by the same bound.
 """
 
 import inspect
@@ -38,7 +37,7 @@ from lmolt.models.excerpt import (
 )
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
 
-FACTOR, LOOSE = 8.0, 64.0
+FACTOR = 8.0
 LONGEST = 4608  # tokens of a sequence that is made longer than a window, where the data's are shorter
 FLOOR = 1e-3  # nats a sequence: an SSM's scan in chunks and its steps one by one differ by so much in fp32
 
@@ -50,11 +49,10 @@ class Plain:
     sequences: Sequences
     logps: torch.Tensor  # (N,), float64
     sigma: float  # nats a token
-    factor: float = FACTOR
 
     def allowed(self) -> torch.Tensor:
         tokens = torch.tensor([len(output) for _, output in self.sequences], dtype=torch.float64)
-        return (self.factor * self.sigma * tokens.sqrt()).clamp(min=FLOOR)
+        return (FACTOR * self.sigma * tokens.sqrt()).clamp(min=FLOOR)
 
     def compare(self, what: str, logps: torch.Tensor) -> "Comparison":
         """How `logps` (N,) of the same sequences differ from these: the sequence that is furthest over its bound."""
@@ -84,7 +82,7 @@ class Comparison:
         )
 
 
-def plain(model, sequences: Sequences, factor: float = FACTOR) -> Plain:
+def plain(model, sequences: Sequences) -> Plain:
     """The plain way: eager attention on the loaded weights, a row at a time, no mask, no cache.
 
     `model` may be wrapped (DDP, DeepSpeed, FSDP, PEFT) and is left as it was; all ranks call with the same sequences.
@@ -96,7 +94,7 @@ def plain(model, sequences: Sequences, factor: float = FACTOR) -> Plain:
             for sequence, logp in list(zip(sequences, logps.tolist(), strict=True))[:2]:
                 squares += (_row_logp(model, *sequence) - logp) ** 2
                 tokens += len(sequence[1])
-    return Plain(sequences, logps, math.sqrt(squares / tokens), factor)
+    return Plain(sequences, logps, math.sqrt(squares / tokens))
 
 
 def choose_scoring(
@@ -109,7 +107,7 @@ def choose_scoring(
     `say` tells which; what a part doesn't confirm is decided on all layers. Where the numbers of no packing hold, the
     model's own eager attention is set, and then `ValueError`. `say` tells what was compared, and why a way was left.
     """
-    inner, made, factor = inner_model(model), list(made), FACTOR
+    inner, made = inner_model(model), list(made)
     if packing == "tree" and (reason := why_not_tree(inner)):
         say(f"{inner.config.model_type}: {reason}; rows are padded instead of packed into trees")
         packing = "padded"
@@ -121,12 +119,12 @@ def choose_scoring(
                 seconds = seconds if exact else seconds / 2
                 part = excerpt(inner, sequences, made, packing, lambda some: seconds_of(model, some), seconds)
                 if not exact:
-                    packing, factor = _exactly(model, part, packing, device, say)
-            if part.layers < part.of_layers and (found := _first_look(model, part, packing, device, factor)):
+                    packing = _exactly(model, part, packing, device, say)
+            if part.layers < part.of_layers and (found := _first_look(model, part, packing, device)):
                 say(f"self-check: {found}{left_out(part, inner.config)}")
                 return packing
             sequences = part.sequences
-            known = plain(model, sequences, factor)
+            known = plain(model, sequences)
             refuse_if_later_tokens_count(model, sequences, known)
     except torch.OutOfMemoryError:
         raise
@@ -158,18 +156,18 @@ def choose_scoring(
     )
 
 
-def _exactly(model, part: Excerpt, packing: str, device, say: Callable) -> tuple[str, float]:
-    """`packing`, or what is left of it, and the factor for its own precision: the same comparison in fp32."""
+def _exactly(model, part: Excerpt, packing: str, device, say: Callable) -> str:
+    """`packing`, or what is left of it: the same comparison in fp32."""
     for way in ["tree"] * (packing == "tree") + ["padded"]:
         found = exactly(model, part, lambda few, way=way: _look(model, few, way, device))
         if found is None:
-            return packing, FACTOR
+            return packing
         if found.holds:
-            return way, LOOSE
+            return way
         say(f"self-check: in fp32, {found}; not used")
     if takes_attention(type(inner_model(model))):
         use_eager(model)
-    return "padded", FACTOR
+    return "padded"
 
 
 def exactly(model, part: Excerpt, look: Callable[[Excerpt], "Comparison | None"]) -> "Comparison | None":
@@ -188,19 +186,19 @@ def exactly(model, part: Excerpt, look: Callable[[Excerpt], "Comparison | None"]
             return None
 
 
-def _look(model, part: Excerpt, way: str, device, factor: float = FACTOR) -> "Comparison":
+def _look(model, part: Excerpt, way: str, device) -> "Comparison":
     with torch.no_grad(), evaluating(model):
-        known = plain(model, part.sequences, factor)
+        known = plain(model, part.sequences)
         refuse_if_later_tokens_count(model, part.sequences, known)
         logps = score(model, part.sequences, way, device)
     return known.compare(f"{way.replace('tree', 'tree-packed')} scoring", logps)
 
 
-def _first_look(model, part: Excerpt, way: str, device, factor: float) -> "Comparison | None":
+def _first_look(model, part: Excerpt, way: str, device) -> "Comparison | None":
     """The comparison on a part of the layers, where it confirms `way`."""
     try:
         with part.of(inner_model(model)):
-            found = _look(model, part, way, device, factor)
+            found = _look(model, part, way, device)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, *FAILURES):  # a class that isn't run in parts; whatever it is, all layers will show it
