@@ -78,11 +78,10 @@ def excerpt(
 
     def takes(chosen: Sequences, layers: int) -> float:
         rows = [len(prompt) + len(output) for prompt, output in chosen]
-        # plain; the first two with other rounding; then packed, which is no more, or padded, with all logits
-        one_by_one = [row * (1 + wide * row) for row in rows]
-        tokens = sum(one_by_one) + sum(one_by_one[:2])
+        # plain; with other rounding; then packed, which is no more, or padded, with all logits
+        tokens = 2 * sum(row * (1 + wide * row) for row in rows)
         tokens += sum(rows) if way == "tree" else len(rows) * max(rows) * (1 + wide * max(rows) + head)
-        passes = len(rows) + 6 + steps[layers < total]
+        passes = 2 * len(rows) + 4 + steps[layers < total]
         return layers / few * (a_pass * passes + a_token * tokens)
 
     two = own if len(own) <= 4 else own[:2] + own[-2:]
