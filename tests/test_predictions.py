@@ -142,6 +142,11 @@ def test_a_tables_own_references_count_and_not_the_pairs(tmp_path):
     _, counts = read_predictions(tmp_path / "o.jsonl", "cap2mol", [*PAIRS, PAIRS[0] | {"id": "left out"}])
     unlike = {"reference_unlike_the_pairs": len(more) + 1, "unknown_id": 1, "repeated_id": 1, "pair_without_row": 1}
     assert counts == {"references_of_file": len(more) + 2} | unlike
+    for row in more:  # a table without ids finds its pairs by their sources, of which two may be equal
+        del row["id"]
+    write_table([*more, more[0] | {"reference": "CCO"}], tmp_path / "p.jsonl")
+    _, counts = read_predictions(tmp_path / "p.jsonl", "cap2mol", [*PAIRS, PAIRS[0] | {"molecule": "CCOC"}])
+    assert counts == {"references_of_file": len(more) + 1, "reference_unlike_the_pairs": 1}
 
 
 def test_a_missing_file():

@@ -121,7 +121,8 @@ def read_predictions(
         rows = [row | {"reference": None} for row in rows]
     elif pairs is not None and kind != "lines" and (kind == "reference table" or records[0].reference is not None):
         counts["references_of_file"] = len(rows)
-        counts += _unlike_pairs(rows, pairs, direction, "source" if kind == "reference table" else "id")
+        named = kind == "table" and records[0].id is not None
+        counts += _unlike_pairs(rows, pairs, direction, "id" if named else "source")
     for number, row in enumerate(rows if references else (), 1):
         if not row["reference"].strip():
             raise ValueError(
@@ -133,16 +134,21 @@ def read_predictions(
 
 
 def _unlike_pairs(rows: list[dict], pairs: list[dict], direction: str, key: str) -> Counter:
-    """What rows that have references of their own have otherwise than the pairs with their `key`, "id" or "source"."""
-    counts, of = Counter(), {row[key]: row for row in rows_of_pairs(pairs, direction)}
+    """What rows that have references of their own have otherwise than the pairs with their `key`, "id" or "source".
+
+    Several pairs may have one key (a caption of two molecules): a row is like them if it is like one of them.
+    """
+    counts, of, named = Counter(), defaultdict(list), Counter(row[key] for row in rows)
+    for pair in rows_of_pairs(pairs, direction):
+        of[pair[key]].append(pair)
     for row in rows:
-        pair = of.get(row[key])
-        counts[f"unknown_{key}"] += pair is None
-        for column in ("source", "reference") if pair else ():
-            counts[f"{column}_unlike_the_pairs"] += row[column].strip() != pair[column].strip()
-    named = {row[key] for row in rows}
-    counts[f"repeated_{key}"] = len(rows) - len(named)
-    counts["pair_without_row"] = len(of.keys() - named)
+        counts[f"unknown_{key}"] += row[key] not in of
+        for column in ("source", "reference") if row[key] in of else ():
+            counts[f"{column}_unlike_the_pairs"] += all(
+                row[column].strip() != pair[column].strip() for pair in of[row[key]]
+            )
+    counts[f"repeated_{key}"] = sum(max(0, n - max(1, len(of.get(one, ())))) for one, n in named.items())
+    counts["pair_without_row"] = sum(max(0, len(its) - named[one]) for one, its in of.items())
     return counts
 
 
