@@ -43,6 +43,19 @@ def test_the_same_numbers_and_gradients_as_pefts_own(autocast):
     assert (lean_logits - lean_base).norm() > 0.1 * base.norm()  # the adapter does something here
 
 
+def test_an_adapter_that_comes_later_is_pefts_own():
+    ids, results = torch.arange(40).view(2, 20), []
+    for lean in (False, True):
+        model = policy(0.0)
+        if lean:
+            lean_adapters(model)
+        torch.manual_seed(1)
+        model.add_adapter("later", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        model.set_adapter("later")
+        results.append(model(input_ids=ids).logits)
+    assert (results[1] - results[0]).norm() <= 1e-6 * results[0].norm()
+
+
 def test_dropout_drops_with_its_probability_and_keeps_the_mean():
     torch.manual_seed(0)
     x = torch.ones(1000, 1003)  # no multiple of four

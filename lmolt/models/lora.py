@@ -45,9 +45,10 @@ def _forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     if self.scaling[name] != 1:
         inner = inner * self.scaling[name]
     precision = torch.get_autocast_dtype(x.device.type) if autocast else inner.dtype
-    if base.dtype == precision and self.lora_B[name].bias is None:
-        return self.lora_B[name](inner, base)
-    return base + self.lora_B[name](inner)
+    up = self.lora_B[name]
+    if base.dtype == precision and up.bias is None and "forward" in vars(up):  # not of an adapter that came later
+        return up(inner, base)
+    return base + up(inner)
 
 
 def _onto(self, x: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
