@@ -145,6 +145,10 @@ evaluate() { # NAME MODEL [--adapter ADAPTER]
         launch scripts/evaluate.py --model "$model" "$@" --pairs demo --limit 200 --max_new_tokens 128 --output "$DEMO/evaluation/$name"
 }
 
+tables() { # REPORT: of both directions, and whether captions tell of their molecules; the rest is in the report
+    sed -e '/^\*\*Table 3/,/^\*\*Table 6/{/Table 6/!d}' -e '/^\*\*Table 7/,$d' "$1"
+}
+
 demo() {
     export DS_ACCELERATOR=cpu # DeepSpeed has no part in this, but would say at each import that it sees no GPU
     local models=$DEMO/models train="scripts/train_pref.py --recipe recipes/demo.yaml --resume_from_checkpoint true"
@@ -165,8 +169,7 @@ demo() {
     stage "report" "$DEMO/report/report.html" \
         python scripts/evaluate.py --compare "$DEMO"/evaluation/{start,cpo,slerp_cpo} --baseline start \
         --output "$DEMO/report"
-    # the tables of both directions, and whether captions tell of their molecules; the rest is in the report
-    sed -e '/^\*\*Table 3/,/^\*\*Table 6/{/Table 6/!d}' -e '/^\*\*Table 7/,$d' "$DEMO/report/report.md"
+    tables "$DEMO/report/report.md"
     echo "report: $PWD/$DEMO/report/report.html"
 }
 
@@ -187,7 +190,7 @@ rounds() {
     stage "report of the rounds" "$DEMO/rounds/report.html" \
         python scripts/evaluate.py --compare "$DEMO"/evaluation/{start,cpo,round_1,round_2} --baseline cpo \
         --output "$DEMO/rounds"
-    sed -e '/^\*\*Table 3/,/^\*\*Table 6/{/Table 6/!d}' -e '/^\*\*Table 7/,$d' "$DEMO/rounds/report.md"
+    tables "$DEMO/rounds/report.md"
 }
 
 case ${1:-demo} in
