@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 COMMAND_LINE_ONLY = ("trust_remote_code", "overwrite_output_dir", "push_to_hub", "resume_from_checkpoint", "recipe")
 COMMAND_LINE_ONLY += ("help", "help_all", "overwrite")
 MAX_BYTES, MAX_DEPTH = 100_000, 8
-LEAST = dict.fromkeys(("n_shuffles", "no_repeat_ngram_size", "delta_threshold", "chrf_threshold", "temperature"), 0)
+LEAST = dict.fromkeys(("n_shuffles", "no_repeat_ngram_size", "delta_threshold", "chrf_threshold"), 0)
+LEAST |= dict.fromkeys(("temperature", "seed"), 0)
 LEAST |= dict.fromkeys(("max_new_tokens", "num_beams", "num_candidates", "num_rejected", "tokens_per_batch"), 1)
 LEAST |= dict.fromkeys(("limit", "n_bootstrap", "port"), 1)
 

@@ -121,6 +121,7 @@ def test_flags_are_strict(argv, message):
     [
         (["--max_new_tokens", "0"], "--max_new_tokens 0: at least 1"),
         (["--temperature", "-0.5"], "--temperature -0.5: at least 0"),
+        (["--seed", "-1"], "--seed -1: at least 0"),
         (["--temperature", "nan"], "--temperature nan: give a finite number"),
         (["--weights", "0.5", "inf"], "--weights inf: give a finite number"),
     ],
@@ -129,6 +130,7 @@ def test_numbers_are_finite_and_not_too_small(argv, message):
     parser = Parser()
     parser.add_argument("--max_new_tokens", type=int)
     parser.add_argument("--temperature", type=float)
+    parser.add_argument("--seed", type=int)
     parser.add_argument("--weights", type=float, nargs="+")
     parser.parse_args(["--max_new_tokens", "1", "--temperature", "0", "--weights", "-1", "0"])
     with pytest.raises(ValueError, match=re.escape(message)):
