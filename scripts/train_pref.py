@@ -273,7 +273,7 @@ def set_references(trainer: PreferenceTrainer) -> str:
         return "none (the loss has no reference)"
     name = f"adapter {args.adapter}, frozen" if args.adapter else f"base model {args.model}, adapter off"
     made_by = ("base weights", "base config", "tokenizer", "start adapter", "precision", "base's dtype")
-    key = {part: trainer.fixed[part] for part in made_by} | trainer.chosen | {"nf4": args.load_in_4bit}
+    key = {part: trainer.fixed[part] for part in (*made_by, "NF4 computes in")} | trainer.chosen
     for same in ("tokens_per_batch", "tree attention"):  # tiles and flex give the same numbers
         key.pop(same)
     return f"{name} (log-probabilities {trainer.set_references(key)})"

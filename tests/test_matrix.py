@@ -224,6 +224,18 @@ def test_what_rounding_could_hide_is_seen_in_fp32(dtype, length, tmp_path, monke
     assert packing("lfm2")[0] == "padded"
 
 
+def test_fp32_has_the_first_word_under_an_adapter_on_nf4_too(tmp_path, monkeypatch):
+    base = loading.load_base(str(zoo.save_tiny("gemma3_text", tmp_path)), load_in_4bit=True, dtype=torch.bfloat16)
+    policy = loading.add_adapter(base, None, r=2, alpha=4, dropout=0.0, target_modules="all-linear")
+    part = excerpt.Excerpt(SEQUENCES, 4, 4)
+    found = self_check.exactly(policy, part, lambda few: self_check._look(policy, few, "tree", "cpu"))
+    assert found.holds and found.allowed < 0.1
+    monkeypatch.setattr(tree, "layer_kinds", one_window(attention.layer_kinds))
+    said = []
+    packing = self_check.choose_scoring(policy, SEQUENCES, "tree", "cpu", torch.no_grad, said.append)
+    assert packing == "padded" and said[0].startswith("self-check: in fp32, tree-packed scoring differs from plain")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_rounding_could_hide_in_decoding_is_seen_in_fp32(dtype, tmp_path, monkeypatch):
     def way(kind):

@@ -148,7 +148,7 @@ def first_layers(model, count: int):
 @contextmanager
 def in_fp32(model):
     """The model computing in fp32: a copy of what floating weights it has now, so of the first layers, not of all."""
-    four, low = _four_bit(model), _low(model)
+    four, low = four_bit(model), _low(model)
     before = [tensor.data for tensor in low]
     kept = [(module.compute_dtype, module.support_avx512bf16_for_cpu) for module in four]
     products = torch.backends.cuda.matmul
@@ -174,13 +174,15 @@ def room_in_fp32(model) -> bool:
     return 4 * sum(tensor.numel() for tensor in _low(model)) <= _free(model) / 2
 
 
-def _four_bit(model) -> list[torch.nn.Module]:
-    return [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+def four_bit(model) -> list[torch.nn.Module]:
+    """bitsandbytes' 4-bit layers; PEFT's around them have the same name."""
+    named = (module for module in model.modules() if type(module).__name__ == "Linear4bit")
+    return [module for module in named if hasattr(module, "compute_dtype")]
 
 
 def _low(model) -> list[torch.Tensor]:
     """Its floating weights and buffers in another precision than fp32."""
-    packed = {id(module.weight) for module in _four_bit(model)}  # bits that are stored as if they were bf16
+    packed = {id(module.weight) for module in four_bit(model)}  # bits that are stored as if they were bf16
     floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and id(t) not in packed]
     return [tensor for tensor in floats if tensor.dtype != torch.float32]
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from lmolt.files import read_json
 from lmolt.models.adapters import load_adapter
 from lmolt.models.attention import TREE
-from lmolt.models.excerpt import FAILURES
+from lmolt.models.excerpt import FAILURES, four_bit
 from lmolt.models.precision import bf16_is_slow
 from lmolt.models.self_check import takes_attention
 from lmolt.models.tokenizers import check_tokenizer
@@ -145,7 +145,7 @@ def load_base(
         kwargs["device_map"] = {"": "cpu" if use_cpu else torch.cuda.current_device()}
     kwargs |= {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype}
     model = _load(AutoModelForCausalLM, name, config, _attention(AutoModelForCausalLM, config), **kwargs)
-    quantised = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    quantised = four_bit(model)
     if load_in_4bit and not quantised:
         raise ValueError(f"{name!r} ({config.model_type}) has no linear layer to quantise; use --load_in_4bit false")
     for module in quantised:
@@ -279,11 +279,10 @@ def add_adapter(
 
     `revision` is the base's on the Hub: the adapter's config keeps it, and whoever loads the adapter gets that base.
     """
-    for module in model.modules():
+    for module in four_bit(model):
         # On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight at its first forward pass in eval mode, for a
         # kernel without gradient, and never unpacks it: training after an evaluation would silently lose gradients.
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
+        module.support_avx512bf16_for_cpu = False
     if adapter is not None:
         device = str(next(model.parameters()).device)  # else each process would fill the first GPU
         return load_adapter(model, adapter, is_trainable=True, device=device)

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from lmolt.files import content_hash, write_whole
+from lmolt.models.excerpt import four_bit
 from lmolt.models.hashes import adapter_hash, model_hashes
 from lmolt.training import flags
 from lmolt.training.losses import LOSSES, PARAMETERS
@@ -51,7 +52,9 @@ def of_policy(model, accelerator) -> dict:
     for name in ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"):
         lora.pop(name, None)
     lora = {f"adapter's {name}": value for name, value in lora.items() if value is not None}
-    return _plain(lora | {"precision": accelerator.mixed_precision, "base's dtype": str(model.dtype)})
+    precision = {"precision": accelerator.mixed_precision, "base's dtype": str(model.dtype)}
+    computes = sorted({str(module.compute_dtype) for module in four_bit(model)})
+    return _plain(lora | precision | {"NF4 computes in": ", ".join(computes) or "not quantised"})
 
 
 def _plain(values: dict) -> dict:
