@@ -17,8 +17,9 @@ from transformers.integrations.accelerate import check_and_set_device_map
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lmolt.models import loading  # noqa: E402
 
+RANK = os.environ.get("LOCAL_RANK", "0")  # none in one process without a launcher
 plain_load, plain_from_pretrained = loading.load_base, AutoModelForCausalLM.from_pretrained
-visible = {"is_available": lambda: True, "current_device": lambda: int(os.environ["LOCAL_RANK"])}
+visible = {"is_available": lambda: True, "current_device": lambda: int(RANK)}
 hidden = {name: getattr(torch.cuda, name) for name in visible}
 
 
@@ -31,9 +32,7 @@ def from_pretrained(*args, device_map=None, **kwargs):
     see(hidden)
     checked = check_and_set_device_map(device_map)
     with Path(os.environ["DEVICE_MAPS"]).open("a") as file:
-        file.write(
-            json.dumps([kwargs.get("quantization_config") is not None, os.environ["LOCAL_RANK"], checked]) + "\n"
-        )
+        file.write(json.dumps([kwargs.get("quantization_config") is not None, RANK, checked]) + "\n")
     return plain_from_pretrained(*args, **kwargs)
 
 

@@ -36,14 +36,18 @@ def train(folder: Path, job: list, processes: int, name: str | None = None, wrap
         command += ["--num_processes", processes, "--main_process_port", free_port()]
     command += [*wrap, ROOT / "scripts" / "train_pref.py", *job, "--output_dir", folder]
     command += ["--per_device_train_batch_size", 4 // processes, "--per_device_eval_batch_size", 4 // processes]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "DEVICE_MAPS": str(device_maps(folder))}
     return subprocess.run(
         list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240
     )
 
 
+def device_maps(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}_device_maps.jsonl")
+
+
 def wrap_for(name: str) -> list[Path]:
-    """Loading as on a GPU; FSDP also as if processes had some."""
+    """Loading as on a GPU, with what NF4 computes in there; FSDP also as if processes had some."""
     wraps = ["as_if_cuda.py", "fsdp_on_cpu.py"] if name == "fsdp_qlora" else ["as_if_cuda.py"]
     return [ROOT / "tests" / wrap for wrap in wraps]
 
@@ -94,13 +98,12 @@ def job(tmp_path_factory, tiny_policy, few_triples) -> list:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory, job) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("one")
-    return finished(folder, train(folder, [*job, "--bf16", "false"], 1))
+    return finished(folder, train(folder, [*job, "--bf16", "false"], 1, wrap=wrap_for("ddp")))
 
 
 @pytest.fixture(scope="module", params=STRATEGIES)
 def two(request, tmp_path_factory, job) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp(request.param)
-    os.environ["DEVICE_MAPS"] = str(folder / "device_maps.jsonl")
     return finished(folder, train(folder, [*job, "--bf16", "false"], 2, request.param, wrap_for(request.param)))
 
 
@@ -114,7 +117,7 @@ def test_two_processes_equal_one(one, two, request):
     equal(one, two, rel=1e-4)
     # ZeRO-3 shards what it loads and takes no device_map; the others load to the GPU of their process
     expected = [[True, str(rank), None if ran == "ZeRO-3" else {"": rank}] for rank in range(2)]
-    lines = (two.folder / "device_maps.jsonl").read_text().splitlines()
+    lines = device_maps(two.folder).read_text().splitlines()
     assert sorted(map(json.loads, lines), key=lambda load: load[1]) == expected
 
 
@@ -125,13 +128,12 @@ def test_without_nf4_references_come_from_shards(name, tmp_path, job, monkeypatc
     job = [*job, "--loss", "dpo", "--load_in_4bit", "false", "--bf16", "false"]
     one = finished(tmp_path / "one", train(tmp_path / "one", job, 1))
     monkeypatch.setenv("LMOLT_CACHE", str(tmp_path / "another"))
-    monkeypatch.setenv("DEVICE_MAPS", str(tmp_path / "device_maps.jsonl"))
     two = finished(tmp_path / "two", train(tmp_path / "two", job, 2, name, wrap_for(name)))
     assert "computed" in one.run["reference"] and "computed" in two.run["reference"]
     equal(one, two, rel=1e-4)
     # FSDP loads the whole model to each GPU, unless the configuration has fsdp_cpu_ram_efficient_loading
     expected = [[False, str(rank), None if name == "zero3" else {"": rank}] for rank in range(2)]
-    lines = (tmp_path / "device_maps.jsonl").read_text().splitlines()
+    lines = device_maps(tmp_path / "two").read_text().splitlines()
     assert sorted(map(json.loads, lines), key=lambda load: load[1]) == expected
 
 
@@ -142,7 +144,7 @@ def test_resumes(two, request, tmp_path, job):
     shutil.copytree(two.folder / "checkpoint-2", tmp_path / "checkpoint-2")
     job = [*job, "--bf16", "false", "--resume_from_checkpoint", "true"]
     if name == "ddp":  # goes on in one process
-        done = train(tmp_path, job, 1)
+        done = train(tmp_path, job, 1, wrap=wrap_for(name))
     else:
         done = train(tmp_path, job, 2, name, wrap_for(name))
     resumed = finished(tmp_path, done)
