@@ -197,7 +197,7 @@ case ${1:-demo} in
     demo) set_up && demo ;;
     rounds) set_up && demo && rounds ;;
     test) set_up requirements-test.txt && shift && python -m pytest -m "not slow" -n 2 --dist loadscope "$@" ;; # one thread each
-    test-distributed) set_up requirements-test.txt && shift && python -m pytest -m slow "$@" ;;
+    test-distributed) set_up requirements-test.txt && shift && python -m pytest -m slow -n 2 --dist loadscope "$@" ;;
     train)
         # with LMOLT_CONTAINER, nothing but the container's own Python runs, on each machine
         [[ ${LMOLT_CONTAINER:-} && -z ${SLURM_STEP_ID:-} ]] || set_up
