@@ -30,7 +30,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads spin while
 from tqdm import tqdm
 
 from lmolt import ownership
-from lmolt.files import read_json, run_main, sha256_file, shipped, versions
+from lmolt.files import content_hash, read_json, run_main, sha256_file, shipped, versions
 from lmolt.merging import methods
 from lmolt.merging.agreement import check_checkpoints
 from lmolt.merging.beside import check_beside, files_to_copy, read_back
@@ -43,6 +43,14 @@ from lmolt.recipes import Parser, apply_recipe, read_recipe
 
 SAVED = ("method", "models", "revision", "weights", "t", "weights_for", "base", "density", "density_for", "normalize")
 SAVED += ("lambda", "rounding", "seed", "dtype", "adapter", "fold_base")  # what merge.json repeats: what changes bytes
+TRIMMED = ("ties", "dare_ties")
+TAKEN_BY = {  # flags that mean something for these methods only; a fold, which has none, takes none of them
+    **dict.fromkeys(("weights", "t", "weights_for", "rounding"), METHODS),
+    **dict.fromkeys(("density", "density_for"), TRIMMED),
+    "normalize": (*TRIMMED, "linear", "task_arithmetic"),
+    "lambda": (*TRIMMED, "task_arithmetic", "nuslerp"),
+    "fold_base": (None,),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--t", nargs="+", type=float, help="slerp: the way to the second model, instead of --weights; more: a gradient")
     add("--weights_for", nargs="+", metavar="PATTERN=W,W", help="other weights for tensors whose name matches")
     add("--base", help="ties, dare_ties, task_arithmetic, nuslerp: what all of --models were trained from")
-    add("--density", nargs="+", type=float, default=[0.5], help="ties: share of each delta kept (default 0.5)")
+    add("--density", nargs="+", type=float, help="ties: share of each delta kept (default 0.5)")
     add("--density_for", nargs="+", metavar="PATTERN=D,D", help="other densities for tensors whose name matches")
     add("--normalize", action="store_true", default=None, help="divide by the sum of (agreeing) weights")
     add("--no_normalize", dest="normalize", action="store_false", help="don't (default: linear and ties do)")
@@ -77,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+DEFAULTS = dict.fromkeys(TAKEN_BY) | {"lambda": 1.0, "rounding": "once", "fold_base": "original"}
 ROUNDING = "mergekit: after every step, as mergekit 0.1.5; stochastic: up or down by seeded chance, right on average"
 
 
@@ -101,6 +110,16 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     elif "--weights" in argv:
         args.t = None
     args.layers = layers
+    for flag, methods_of in TAKEN_BY.items():
+        if vars(args)[flag] != DEFAULTS[flag] and args.method not in methods_of and (args.method or args.adapter):
+            value = vars(args)[flag]
+            raise ValueError(f"--{flag} (here {value}) has no meaning for {args.method or 'a fold'}; leave it out")
+    if vars(args)["lambda"] != 1 and not args.base:
+        raise ValueError(
+            f"--lambda (here {vars(args)['lambda']:g}) is of deltas from --base; give one, or leave it out"
+        )
+    if args.method in TRIMMED and args.density is None:
+        args.density = [0.5]
     if args.plot and (args.adapter or not args.plot.absolute().parent.is_dir()):
         raise ValueError(
             f"--plot {args.plot}: " + ("a fold has no weights" if args.adapter else "there is no such folder")
@@ -146,15 +165,17 @@ def resolve(args: argparse.Namespace) -> tuple[list[Checkpoint], Checkpoint | No
         if t is not None:
             t = t[0] if isinstance(t, list) and len(t) == 1 else t
             t = check_setting("--t", t)
-        density = args.density * count if len(args.density) == 1 else args.density
-        if args.method not in ("ties", "dare_ties"):
-            density = []
+        density = (args.density or []) if args.method in TRIMMED else []  # an older merge.json's has one always
+        density = density * count if len(density) == 1 else density
         weights = with_patterns(args.weights or [], "--weights_for", args.weights_for)
         if args.weights_for and t is not None:
             raise ValueError("--weights_for goes with --weights, not with --t")
         density = with_patterns(density, "--density_for", args.density_for)
         options = args.normalize, vars(args)["lambda"], args.rounding, args.seed
         recipe = Recipe(args.method, weights, density, *options, t)
+    names = [*args.models, args.base, args.adapter]
+    if args.revision and all(Path(name).is_dir() for name in filter(None, names)):
+        raise ValueError(f"--revision {args.revision} is of Hub ids, and all that is named is a folder; leave it out")
     folders = find_folders([*args.models, *([args.base] if args.base else [])], args.revision)
     sources = [Checkpoint(folder) for folder in folders]
     models, base = sources[: len(args.models)], sources[-1] if args.base else None
@@ -188,14 +209,25 @@ def check_output(args: argparse.Namespace, sources: list[Checkpoint]) -> None:
         ownership.check_free(folder, "merge", ["*"])
 
 
-def check_finished(args: argparse.Namespace, arguments: dict) -> None:
-    """--resume on a merge that is finished: `ValueError` where it is another one."""
-    written = read_json(args.output / "merge.json").get("arguments") or {}
+def check_finished(args: argparse.Namespace, arguments: dict, named: dict[str, Checkpoint]) -> None:
+    """--resume on a merge that is finished: `ValueError` where it is another one, of other inputs, or damaged."""
+    lineage = read_json(args.output / "merge.json")
+    written = lineage.get("arguments") or {}
     if odd := [key for key in arguments if written.get(key) != json.loads(json.dumps(arguments[key]))]:
         raise ValueError(
             f"{args.output} is a finished merge with {odd[0]} {written.get(odd[0])!r}, not {arguments[odd[0]]!r}; "
             "leave --resume out (--overwrite replaces it), or take another folder"
         )
+    places = {args.output / file: digest for file, digest in (lineage.get("outputs") or {}).items()}
+    for key, digest in (lineage.get("inputs") or {}).items():
+        name, _, file = key.rpartition("/")
+        places[(named[name].folder if name in named else Path(name)) / file] = digest
+    for file, digest in places.items():
+        if not file.is_file() or content_hash(file, remember=file.parent != args.output) != digest:
+            raise ValueError(
+                f"{args.output} is finished, but {file} is not what its merge.json says; leave --resume out, and merge "
+                "again (--overwrite)"
+            )
     if args.push_to_hub:
         from lmolt import hub
 
@@ -285,9 +317,10 @@ def main(argv: list[str]) -> None:
     sources = [*models, base] if base else models
     here = lambda name: str(Path(name).resolve()) if name and Path(name).is_dir() else name  # for a later --verify
     args.models, args.base, args.adapter = [here(name) for name in args.models], here(args.base), here(args.adapter)
+    named = dict(zip([*args.models, args.base], sources, strict=False))
     arguments = {key: vars(args)[key] for key in SAVED} | ({"normalize": recipe.normalize} if recipe else {})
     if args.resume and (args.output / "merge.json").is_file():
-        return check_finished(args, arguments)
+        return check_finished(args, arguments, named)
     check_output(args, sources)
     dtype, said = check_checkpoints(sources, NAMES.get(args.dtype))
     files, links = files_to_copy(models[0].folder)
@@ -320,7 +353,6 @@ def main(argv: list[str]) -> None:
 
         name = hub.reserve(args.hub_model_id or args.output.name, args.hub_private_repo)
         licence = hub.licence([*filter(None, [*args.models, args.base, args.adapter])])
-    named = dict(zip([*args.models, args.base], sources, strict=False))
     inputs, known = check_files(named, models, base, recipe, dtype)
     if args.adapter:
         inputs[f"{args.adapter}/{adapter.file.name}"] = adapter.hash

@@ -219,6 +219,39 @@ def test_harmless_differences_are_said(merge, ab, tmp_path, capsys):
     assert "dropout" not in out and "transformers_version" not in out
 
 
+def test_what_one_model_says_or_holds_alone_is_said(merge, ab, tmp_path, capsys):
+    """A key that is left out means its class's default, which need not be what the other says."""
+    configure(ab[1], logit_multiplier=3, tokens_per_expert=2)
+    configure(ab[0], rms_norm_eps=1e-6, drop=("rms_norm_eps",))
+    rewrite(ab[1], lambda tensors: tensors.update(steps=torch.tensor(3)))
+    tokenizer = json.loads((ab[1] / "tokenizer.json").read_text())
+    (ab[1] / "tokenizer.json").write_text(json.dumps(tokenizer | {"normalizer": {"type": "Lowercase"}}))
+    (ab[0] / "adapter_config.json").write_text("{}")
+    merge(*SLERP, "--models", *ab, "--output", tmp_path / "O")
+    out = capsys.readouterr().out
+    assert "says logit_multiplier = 3, rms_norm_eps = 1e-06, tokens_per_expert = 2; see that" in out
+    assert "holds steps (1 tensors that are not floats)" in out
+    assert "their tokenizers differ in normalizer; the output has the first's" in out
+    assert f"{ab[0]}: an adapter lies beside the weights" in out
+
+
+def test_the_vocabulary_that_a_loader_takes_first_is_compared(merge, ab, tmp_path):
+    """The older vocab.json beside it may be the same in both."""
+    for folder in ab:
+        (folder / "vocab.json").write_text('{"a": 0}')
+    rename_token(ab[1])
+    with pytest.raises(ValueError, match="tokens have other numbers"):
+        merge(*SLERP, "--models", *ab, "--output", tmp_path / "O")
+
+
+@pytest.mark.parametrize("method", ["slerp", "linear"])
+def test_values_whose_squares_overflow_are_refused(merge, ab, tmp_path, method):
+    rewrite(ab[1], lambda tensors: tensors["model.norm.weight"].fill_(1e30))
+    with pytest.raises(ValueError, match="model.norm.weight holds values beyond 1e19"):
+        merge("--method", method, "--weights", 0.75, 0.25, "--models", *ab, "--output", tmp_path / "O")
+    assert not (tmp_path / "O").exists()
+
+
 def test_transformers_4_and_5_say_rope_in_two_ways(merge, ab, tmp_path):
     configure(ab[1], drop=["rope_parameters"], rope_theta=10000.0, rope_scaling=None, torch_dtype="bfloat16")
     merge(*SLERP, "--models", *ab, "--output", tmp_path / "O")
@@ -423,6 +456,16 @@ def test_resume_of_a_finished_merge_compares_the_arguments(merge, ab, tmp_path, 
         merge(*call, "--weights", 0.5, 0.5, "--resume")
     with pytest.raises(ValueError, match="--output names the folder"):
         merge("--models", *ab, "--method", "slerp", "--t", 0.05, "--resume")
+    file = tmp_path / "O" / "model.safetensors"
+    whole = file.read_bytes()
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), None):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"O/model.safetensors is not what its merge.json says"):
+            merge(*call, "--t", 0.05, "--resume")
+    file.write_bytes(whole)
+    rewrite(ab[1], lambda tensors: tensors["model.norm.weight"].mul_(2))  # trained on since
+    with pytest.raises(ValueError, match=r"B/model.safetensors is not what its merge.json says"):
+        merge(*call, "--t", 0.05, "--resume")
 
 
 def test_paths_are_stored_absolute(merge, ab, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import re
 
 from lmolt.files import read_json
 from lmolt.merging.beside import compare_tokenizers
-from lmolt.merging.checkpoints import Checkpoint
+from lmolt.merging.checkpoints import MASK, UNLOADED, Checkpoint
 
 
 def check_checkpoints(checkpoints: list[Checkpoint], dtype: str | None) -> tuple[str, list[str]]:
@@ -84,11 +84,18 @@ def compare_configs(first: Checkpoint, other: Checkpoint) -> list[str]:
                 f"config.json: {what}: their tensors mean other things. Merge models of one kind, or correct the file"
             )
         notes.append(f"config.json: {what}; the output has the first's")
-    lone = sorted(
-        key for key in one.keys() ^ two.keys() if re.search(r"rope|head|norm|_act|activation|window|scal", key)
-    )
-    if lone:
-        notes.append(f"config.json: only one of {first.folder} and {other.folder} says {', '.join(lone)}")
+    if lone := sorted(one.keys() ^ two.keys()):  # where a key is left out, its class's default counts
+        said = ", ".join(f"{key} = {str((one | two)[key])[:60]}" for key in lone)
+        notes.append(
+            f"config.json: only one of {first.folder} and {other.folder} says {said}; see that the "
+            "other's default is the same; the output has what the first says"
+        )
+    loaded = lambda source: {name for name in source.kept if not (UNLOADED.search(name) or MASK.search(name))}
+    if lone := sorted(loaded(first) ^ loaded(other)):
+        notes.append(
+            f"only one of {first.folder} and {other.folder} holds {', '.join(lone[:3])} ({len(lone)} tensors that are "
+            "not floats); the output has the first's"
+        )
     files = [source.folder / "generation_config.json" for source in (first, other)]
     if all(file.is_file() for file in files):
         one, two = (meaning(read_json(file)) for file in files)

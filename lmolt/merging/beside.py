@@ -45,10 +45,17 @@ def compare_tokenizers(first: Path, other: Path) -> list[str]:
         templates = [read_json(f).get("chat_template") if name.endswith("json") else f.read_bytes() for f in files]
         if templates[0] != templates[1] and None not in templates:
             notes.append(f"{first} and {other} have different chat templates; the output has the first's")
-    for name in VOCABULARIES:
-        files = [folder / name for folder in (first, other)]
-        if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
-            return notes
+    both = [name for name in VOCABULARIES if (first / name).is_file() and (other / name).is_file()]
+    if both and (first / both[0]).read_bytes() == (other / both[0]).read_bytes():  # what a loader takes first
+        return notes
+    if both[:1] == ["tokenizer.json"]:
+        parts = [read_json(folder / "tokenizer.json") for folder in (first, other)]
+        parts = [part | (part["model"] if isinstance(part.get("model"), dict) else {}) for part in parts]
+        steps = ("normalizer", "pre_tokenizer", "post_processor", "merges")
+        if odd := [key for key in steps if parts[0].get(key) != parts[1].get(key)]:
+            notes.append(
+                f"{first} and {other}: their tokenizers differ in {', '.join(odd)}; the output has the first's"
+            )
     one, two = read_vocabulary(first), read_vocabulary(other)
     if one is None or two is None:
         return notes + ([f"{first if two else other} has no tokenizer; nobody compared them"] if one or two else [])

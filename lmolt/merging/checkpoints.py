@@ -114,6 +114,11 @@ class Checkpoint:
         for file, entries in stored.items():
             left = [e for e in entries if everything[e.name] is e and e.name not in dropped]
             self.files |= {file: left} if left else {}
+        if (self.folder / "adapter_config.json").is_file():
+            self.notes.append(
+                f"{folder}: an adapter lies beside the weights, which transformers would load on top; it is left out "
+                "(fold it first with --adapter, if the model is meant with it)"
+            )
         if self.config.get("quantization_config"):
             self.notes.append(f"{folder}: config.json has a quantization_config beside plain weights; it is left out")
 

@@ -296,10 +296,18 @@ def merge_tensor(
             fit.add(seen[: len(models)], seen[-1] if base else origin, stored, whole)
     if not finite:
         raise ValueError(f"{name}: the merged values leave the range of {dtype}; take another --dtype or other weights")
+    if not np.isfinite(inner).all():
+        raise too_large(name)
     if not base:  # the output is a sum of the inputs, and so are its inner products
         inner[-1] = [*factors, 0] @ inner
         inner[:, -1] = inner @ [*factors, 0]
     return {**record, **fit.record(), "inner": inner.tolist()}
+
+
+def too_large(name: str) -> ValueError:
+    return ValueError(
+        f"{name} holds values beyond 1e19, whose squares leave float32; a model that holds such is broken"
+    )
 
 
 class Fit:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from lmolt.merging.checkpoints import Checkpoint
-from lmolt.merging.methods import look
+from lmolt.merging.methods import look, too_large
 from lmolt.merging.safetensors_io import (
     PIECE,
     FirstReading,
@@ -72,6 +72,7 @@ def read_inputs(
             if sums_tell and not np.isfinite(known[name][0]).all():
                 for source in sources:
                     _check(source, name)
+                raise too_large(name)
         for place, file in files.items():
             hashes[place][file] = readings[place].finish()
 

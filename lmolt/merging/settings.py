@@ -103,6 +103,8 @@ def check_setting(what: str, setting: object, low: float | None = None, high: fl
         number = None
     if number is None or not math.isfinite(number):
         raise ValueError(f"{what} takes finite numbers, not {setting!r}")
+    if number and not 1e-12 <= abs(number) <= 1e12:  # sums and products of others leave what floats hold
+        raise ValueError(f"{what} takes 0 and numbers of a size between 1e-12 and 1e12, not {setting!r}")
     if (low is not None and number <= low) or (high is not None and number > high):
         raise ValueError(f"{what} must lie in ({low:g}, {high:g}], not {number:g}")
     return number
@@ -130,25 +132,40 @@ def check_recipe(recipe: Recipe, names: list[str], count: int, base: bool) -> li
         raise ValueError(f"--density: {len(recipe.density)} values for {count} models; give one, or one each")
     recipe.weights = [check_setting("--weights", weight) for weight in recipe.weights]
     recipe.density = [check_setting("--density", density, 0, 1) for density in recipe.density]
+    check_setting("--lambda", recipe.scale)
     recipe.layers = count_layers(names)
     notes = []
-    for setting in [*recipe.weights, *recipe.density, *([recipe.t] if recipe.t is not None else [])]:
-        for case in setting if isinstance(setting, list) and isinstance(setting[0], dict) else []:
-            if not any(_fits(case, name) for name in names):
-                said = f"{case.get('pattern') or case.get('filter')!r}: no tensor has such a name"
-                if "pattern" in case:
-                    raise ValueError(f"--weights_for {said}; the first are {names[:3]}")
-                notes.append(f"filter {said}")
+    settings = [("--weights_for", weight) for weight in recipe.weights] + [("t", recipe.t)]
+    for flag, setting in settings + [("--density_for", density) for density in recipe.density]:
+        cases = setting if isinstance(setting, list) and isinstance(setting[0], dict) else []
+        counts = {next((i for i, case in enumerate(cases) if _fits(case, name)), None) for name in names}
+        for index, case in enumerate(cases):
+            if index in counts or ("pattern" not in case and case.get("filter") in (None, "*")):
+                continue  # it counts, or is the rest's
+            why = "no tensor has such a name"
+            if any(_fits(case, name) for name in names):
+                why = "another one goes before it in all tensors that it fits"
+            said = f"{case.get('pattern') or case.get('filter')!r}: {why}"
+            if "pattern" in case:
+                raise ValueError(f"{flag} {said}; the first are {names[:3]}")
+            notes.append(f"filter {said}")
+    seen = 0.0
     for name in names:
         weights = recipe.weights_of(name)
+        seen = max(seen, *map(abs, weights))
         if recipe.t is not None and not 0 <= weights[1] <= 1:
             raise ValueError(f"--t (here {weights[1]:g} for {name}) is the way from the first model, within [0, 1]")
         divides = method in ("slerp", "nuslerp") or (method == "linear" and recipe.normalize)
-        if divides and sum(weights) == 0:
+        if divides and abs(sum(weights)) <= 1e-9 * max(map(abs, weights)):  # .1 + .2 - .3 is not 0 in floats
             raise ValueError(f"--weights: {weights} add up to 0, by which {method} divides ({name})")
         if method in ("slerp", "nuslerp") and min(weights) < 0:
             raise ValueError(f"--weights: SLERP's weights are shares of the way, none below 0, not {weights} ({name})")
         recipe.density_of(name)
+    if not seen or not recipe.scale:
+        raise ValueError(
+            f"--weights are all 0, or --lambda is: {method} would write {'the base' if base else 'zeros'}; "
+            "give each model its share, such as 0.95 0.05"
+        )
     return list(dict.fromkeys(notes))
 
 
