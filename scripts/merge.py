@@ -95,7 +95,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     finder = Parser(add_help=False)
     finder.add_argument("--recipe", type=Path)
     file = finder.parse_known_args(argv)[0].recipe
-    content = read_recipe(shipped(file)) if file is not None else {}
+    content = read_recipe(shipped(file), anchors=True) if file is not None else {}
     if "merge_method" in content:
         settings, notes = read_mergekit(content, file)
         for note in notes:
@@ -163,7 +163,7 @@ def resolve(args: argparse.Namespace) -> tuple[list[Checkpoint], Checkpoint | No
             raise ValueError("--weights: give one weight a model, such as --weights 0.95 0.05")
         count, t = len(args.models), args.t
         if t is not None:
-            t = t[0] if isinstance(t, list) and len(t) == 1 else t
+            t = t[0] if isinstance(t, list) and len(t) == 1 and not isinstance(t[0], dict) else t
             t = check_setting("--t", t)
         density = (args.density or []) if args.method in TRIMMED else []  # an older merge.json's has one always
         density = density * count if len(density) == 1 else density

@@ -447,6 +447,18 @@ def test_mergekits_yaml_is_a_recipe(merge, ab, tmp_path):
         merge("--recipe", tmp_path / "r.yaml", "--output", tmp_path / "P")
 
 
+def test_a_recipe_of_mergekit_may_repeat_by_anchors_and_filter_without_a_rest(merge, ab, tmp_path):
+    a, b = ab
+    text = f"merge_method: linear\nmodels:\n- model: {a}\n  parameters: &same\n    weight: 2\n- model: {b}\n"
+    (tmp_path / "r.yaml").write_text(text + "  parameters: *same\n")
+    merge("--recipe", tmp_path / "r.yaml", "--output", tmp_path / "O")
+    assert json.loads((tmp_path / "O" / "merge.json").read_text())["arguments"]["weights"] == [2, 2]
+    text = f"merge_method: slerp\nbase_model: {a}\nmodels: [{{model: {a}}}, {{model: {b}}}]\n"
+    (tmp_path / "r.yaml").write_text(text + "parameters: {t: [{filter: mlp, value: 0.3}]}\n")
+    with pytest.raises(ValueError, match="lm_head.weight: no filter of .* fits it; add a last entry without a filter"):
+        merge("--recipe", tmp_path / "r.yaml", "--output", tmp_path / "P")
+
+
 def test_resume_of_a_finished_merge_compares_the_arguments(merge, ab, tmp_path, capsys):
     call = ("--models", *ab, "--output", tmp_path / "O", "--method", "slerp")
     merge(*call, "--t", 0.05)

@@ -255,7 +255,11 @@ TIED = {"merge_method": "ties", "base_model": "C", "models": [model("A", weight=
         ({"models": [model("A"), model("B"), model("D")]}, "slerp takes base_model, the one at t = 0, and one other"),
         ({"models": [model("B"), model("D")]}, "slerp takes base_model"),
         ({"base_model": None}, "slerp takes base_model"),
-        ({"models": [model("A"), model("B", t=0.5)]}, "t stands in the parameters of B; it is of both models"),
+        ({"models": [model("A"), model("B", t=0.5)]}, "t stands in the parameters of B; a model has weight and"),
+        (TIED | {"models": [model("A", weight=1, normalize=True)]}, "normalize stands in the parameters of A"),
+        (TIED | {"models": [model("A", weight=[{"pattern": "[", "value": 1}])]}, "f: pattern is not supported"),
+        ({"models": [model("A"), model("A")]}, "slerp takes base_model, the one at t = 0, and one other"),
+        ({"models": [model("A") | {"layer_range": [0, 4]}, model("B")]}, "models: .* is no {model: folder or Hub id"),
         ({"models": [model("A"), model("B+lora")]}, r"B\+lora: a model with an adapter is not supported; fold it"),
         ({"models": "AB"}, "models is a list"),
         ({"models": [model("A"), {"model": {"path": "B"}}]}, "models: .* is no {model: folder or Hub id"),
@@ -266,6 +270,12 @@ TIED = {"merge_method": "ties", "base_model": "C", "models": [model("A", weight=
 def test_the_rest_is_refused_by_its_key(change, message):
     with pytest.raises(ValueError, match=message):
         read_mergekit({key: value for key, value in (SLERP | change).items() if value is not None}, "f")
+
+
+def test_what_a_models_own_parameters_do_not_do_is_said():
+    models = [model("A", weight=1, density=0.3), model("B", weight=1)]
+    _, notes = read_mergekit({"merge_method": "linear", "models": models}, "f")
+    assert notes == ["A: its density does nothing in linear"]
 
 
 def test_parts_of_the_layers_are_refused():
@@ -283,6 +293,8 @@ def test_weights_are_numbers():
         check_recipe(Recipe("linear", ["x", 1]), NAMES, 2, False)
     with pytest.raises(ValueError, match="--weights: {'filtre': 'mlp', 'value': 1} is no"):
         check_recipe(Recipe("linear", [[{"filtre": "mlp", "value": 1}], 1]), NAMES, 2, False)
+    with pytest.raises(ValueError, match="--weights: {'filter': 3, 'value': 1} is no"):
+        check_recipe(Recipe("linear", [[{"filter": 3, "value": 1}, {"value": 1}], 1]), NAMES, 2, False)
     with pytest.raises(ValueError, match=r"--density must lie in \(0, 1\], not 1.5"):
         check_recipe(Recipe("ties", [1], [[0.5, 1.5]]), NAMES, 1, True)
     with pytest.raises(ValueError, match="--t .here 1.2 for model.layers.4"):
@@ -292,3 +304,6 @@ def test_weights_are_numbers():
 def test_a_filter_that_no_tensor_has_is_said():
     recipe = Recipe("slerp", t=[{"filter": "layernorm", "value": 0.1}, {"value": 0.5}])
     assert check_recipe(recipe, NAMES, 2, False) == ["filter 'layernorm': no tensor has such a name"]
+    recipe = Recipe("slerp", t=[{"value": 0.5}, {"filter": "mlp", "value": 0.1}])
+    said = "filter 'mlp': another one goes before it in all tensors that it fits"
+    assert check_recipe(recipe, NAMES, 2, False) == [said]

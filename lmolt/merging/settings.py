@@ -93,7 +93,8 @@ def check_setting(what: str, setting: object, low: float | None = None, high: fl
     if isinstance(setting, list) and setting:
         if isinstance(setting[0], dict):
             for case in setting:
-                if not isinstance(case, dict) or "value" not in case or case.keys() - {"filter", "pattern", "value"}:
+                known = isinstance(case, dict) and not case.keys() - {"filter", "pattern", "value"}
+                if not known or "value" not in case or not isinstance(case.get("filter", ""), str | None):
                     raise ValueError(f"{what}: {case!r} is no {{filter: ..., value: ...}}")
             return [case | {"value": check_setting(what, case["value"], low, high)} for case in setting]
         return [check_setting(what, number, low, high) for number in setting]
@@ -171,6 +172,10 @@ def check_recipe(recipe: Recipe, names: list[str], count: int, base: bool) -> li
 
 # --- mergekit's YAML
 
+TRIMMED = {"weight", "density", "normalize", "lambda", "rescale"}
+TAKES = {"slerp": {"t"}, "linear": {"weight", "normalize"}, "nuslerp": {"weight", "nuslerp_flatten"}}
+TAKES |= {"task_arithmetic": {"weight", "normalize", "lambda"}}  # parameters by method; of the others: TRIMMED
+
 
 def read_mergekit(config: dict, file: object) -> tuple[dict, list[str]]:
     """merge.py's arguments for a configuration of mergekit, and notes; `ValueError` names a key without meaning here.
@@ -206,7 +211,8 @@ def read_mergekit(config: dict, file: object) -> tuple[dict, list[str]]:
     base, models, settings = config.get("base_model"), [], {"weight": [], "density": []}
     for source in sources:
         source = {"model": source} if isinstance(source, str) else source
-        odd = source.keys() - {"model", "parameters", "layer_range"} if isinstance(source, dict) else {"models"}
+        own = {"model", "parameters"} | ({"layer_range"} if "slices" in config else set())
+        odd = source.keys() - own if isinstance(source, dict) else {"models"}
         if odd or not isinstance(source.get("model"), str):
             raise ValueError(f"{file}: models: {source!r} is no {{model: folder or Hub id, parameters: ...}}")
         own = _mapping(file, f"parameters of {source['model']}", source.get("parameters"))
@@ -215,17 +221,22 @@ def read_mergekit(config: dict, file: object) -> tuple[dict, list[str]]:
                 notes.append(f"{base} is the base: its {', '.join(sorted(own))} do nothing")
             continue
         models.append(source["model"])
+        if idle := sorted(own.keys() & settings.keys() - TAKES.get(method, TRIMMED)):
+            notes.append(f"{source['model']}: its {', '.join(idle)} does nothing in {method}")
         for key in settings:
             settings[key].append(own.pop(key, common.get(key)))
-        if method == "slerp" and "t" in own:
-            raise ValueError(f"{file}: t stands in the parameters of {source['model']}; it is of both models")
-        common |= own  # anything else is refused below
+        if odd := sorted(own):
+            raise ValueError(
+                f"{file}: {odd[0]} stands in the parameters of {source['model']}; a model has weight and density, and "
+                "what is of all stands in parameters beside models"
+            )
     for name in [*models, *([base] if base else [])]:
         if "+" in name:
             raise ValueError(f"{file}: {name}: a model with an adapter is not supported; fold it with --adapter first")
-    takes = {"slerp": {"t"}, "linear": {"weight", "normalize"}, "nuslerp": {"weight", "nuslerp_flatten"}}
-    takes |= {"task_arithmetic": {"weight", "normalize", "lambda"}}
-    allowed = takes.get(method, {"weight", "density", "normalize", "lambda", "rescale"}) | {"int8_mask"}
+    for value in [*common.values(), *settings["weight"], *settings["density"]]:
+        if isinstance(value, list) and any(isinstance(case, dict) and "pattern" in case for case in value):
+            raise ValueError(f"{file}: pattern is not supported; a filter is a part of a tensor's name")
+    allowed = TAKES.get(method, TRIMMED) | {"int8_mask"}
     if odd := sorted(common.keys() - allowed):
         raise ValueError(f"{file}: parameters: {odd[0]} has no meaning for {method} here")
     for key in ("normalize", "rescale", "nuslerp_flatten"):
@@ -241,7 +252,7 @@ def read_mergekit(config: dict, file: object) -> tuple[dict, list[str]]:
     if method == "slerp":
         if base not in models:
             models = [base, *models]
-        if base is None or len(models) != 2:
+        if base is None or len(models) != 2 or models[0] == models[1]:
             raise ValueError(f"{file}: slerp takes base_model, the one at t = 0, and one other, not {models}")
         if "t" not in common:
             raise ValueError(f"{file}: parameters: t is missing")
