@@ -380,7 +380,7 @@ def main(argv: list[str]) -> None:
     write_lineage(output.partial, name, lineage, seq2seq=config.get("is_encoder_decoder", False))
     output.finish(models[0].folder, files, config, lambda: read_back(output.partial, models[0].folder, files))
     print(table(lineage))
-    for warning in [] if args.adapter else warnings(lineage):
+    for warning in warnings(lineage):
         print(f"warning: {warning}")
     print(f"wrote {args.output} in {time.perf_counter() - began:.1f} s: the model, its card, merge.json")
     if args.plot:

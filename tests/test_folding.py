@@ -418,6 +418,16 @@ REFUSED = {
         lambda folder: change_config(folder, lora_alpha="x"),
         "alpha_pattern hold numbers, not 'x'",
     ),
+    "flag": (lambda folder: change_config(folder, use_rslora="false"), 'use_rslora = "false" is not what PEFT writes'),
+    "targets": (lambda folder: change_config(folder, target_modules=5), "target_modules = 5 is not what PEFT writes"),
+    "layers": (lambda folder: change_config(folder, layers_to_transform=["0"]), "layers_to_transform = .* is not what"),
+    "pattern": (lambda folder: change_config(folder, alpha_pattern={"[": 3}), r"alpha_pattern: '\[' is no pattern"),
+    "not_saved": (lambda folder: change_config(folder, modules_to_save=["lm_head"]), "holds no lm_head, which modules"),
+    "empty": (lambda folder: change_tensors(folder, dict.clear), "adapter_model.safetensors: holds no tensor"),
+    "int8": (
+        lambda folder: change_tensors(folder, lambda t: t.update({KEY: torch.ones(4, 32, dtype=torch.int8)})),
+        "q_proj.lora_A.weight is of type I8; an adapter holds bf16, fp16 and fp32",
+    ),
     "dora": (lambda folder: change_config(folder, use_dora=True), "use_dora and the stored magnitudes disagree"),
     "vocabulary": (
         lambda folder: change_tensors(
@@ -436,6 +446,17 @@ def test_what_does_not_fit_is_refused(bases, tmp_path, case):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         fold(bases("llama"), folder, "llama", tmp_path / "O")
     assert not list(tmp_path.glob("O*"))
+
+
+def test_an_adapter_that_does_less_than_it_says_is_said(bases, tmp_path, capsys):
+    folder = adapter("llama", bases("llama"), tmp_path / "adapter", target_modules=["q_proj"])
+    change_tensors(folder, lambda t: [t.pop(KEY), t.pop(KEY.replace("lora_A", "lora_B"))])
+    fold(bases("llama"), folder, "llama", tmp_path / "O")
+    out = capsys.readouterr().out
+    assert "targets model.layers.0.self_attn.q_proj (1 modules) of which" in out and "changes nothing" not in out
+    change_tensors(folder, lambda t: [value.zero_() for value in t.values()])  # never trained
+    fold(bases("llama"), folder, "llama", tmp_path / "P")
+    assert "warning: the adapter changes nothing" in capsys.readouterr().out
 
 
 def test_another_base_is_said(bases, tmp_path, capsys):

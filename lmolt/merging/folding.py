@@ -22,7 +22,7 @@ from lmolt.files import content_hash
 from lmolt.merging.architecture import read_architecture
 from lmolt.merging.checkpoints import Checkpoint
 from lmolt.merging.lora_config import WAY_OUT, is_targeted, read_config
-from lmolt.merging.safetensors_io import STORAGE, Entry, decode, encode, read_bits
+from lmolt.merging.safetensors_io import FLOATS, STORAGE, Entry, decode, encode, read_bits
 
 BLOCK = 1 << 22  # values of the delta at a time: 16 MiB
 PREFIX = "base_model.model."
@@ -83,10 +83,14 @@ class Adapter:
         self.notes: list[str] = []
         keys = sorted(self.tensors.keys())
         for key in keys:
+            dtype = self.tensors.get_slice(key).get_dtype()
+            if dtype not in FLOATS:
+                raise ValueError(f"{self.file}: {key} is of type {dtype}; an adapter holds bf16, fp16 and fp32")
             if not torch.isfinite(self.tensors.get_tensor(key)).all():
                 raise ValueError(f"{self.file}: {key} holds NaN or infinity; take an earlier checkpoint")
         self.architecture = read_architecture(base, modules_of(self.file))
         self._find_changes(keys)
+        self._check_whole(keys)
         self.jobs = self._plan()
         trained_on = self.config.get("base_model_name_or_path")
         if trained_on and Path(trained_on).name != base.folder.name and str(trained_on) != str(base.folder):
@@ -124,6 +128,30 @@ class Adapter:
             change = self._change(parameter, part)
             self._check_shape(parameter, change, part, self._full_shape(tied))
             self.changes[parameter] = change
+
+    def _check_whole(self, keys: list[str]) -> None:
+        """`ValueError` where the file lacks what the config says was saved; a note on modules without factors."""
+        if not keys:
+            raise ValueError(f"{self.file}: holds no tensor; save the adapter again")
+        for module in self.config.get("modules_to_save") or []:
+            if not any(f".{module}." in f".{key}" for key in keys):
+                raise ValueError(
+                    f"{self.file}: holds no {module}, which modules_to_save of adapter_config.json names; save the "
+                    "adapter again"
+                )
+        if self.config.get("target_modules") in (None, [], "all-linear"):
+            return
+        layers = {home.parameter for home in self.architecture.homes.values() if home.parameter.endswith(".weight")}
+        lacking = [
+            parameter.removesuffix(".weight")
+            for parameter in sorted(layers - self.changes.keys())
+            if self.architecture.kind(parameter) != "other" and is_targeted(self.config, parameter[: -len(".weight")])
+        ]
+        if lacking:
+            self.notes.append(
+                f"adapter_config.json targets {lacking[0]} ({len(lacking)} modules) of which {self.file} has no "
+                "factors; they stay as they are"
+            )
 
     def _target(self, module: str) -> str:
         """The parameter that the factors of `module` change; bare ones of one module are wrapped in each other."""

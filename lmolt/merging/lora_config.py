@@ -50,6 +50,7 @@ def read_config(folder: Path) -> dict:
             continue
         what = REFUSED.get(key, "which no PEFT up to 0.21 writes")
         raise ValueError(f"{file}: {key} = {json.dumps(value)[:60]} ({what}) is not supported; {WAY_OUT}")
+    _check_kinds(file, config)
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() in ("true", "false"):
         init = init.lower() == "true"
@@ -66,6 +67,33 @@ def read_config(folder: Path) -> dict:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{file}: lora_alpha and alpha_pattern hold numbers, not {value!r}")
     return config
+
+
+KINDS = dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out"), bool) | {
+    **dict.fromkeys(("alpha_pattern", "rank_pattern"), dict),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), str | list),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), list),
+    "layers_to_transform": int | list,
+}
+
+
+def _check_kinds(file: Path, config: dict) -> None:
+    """`ValueError` on a value of another kind than PEFT writes, or a pattern that is none."""
+    for key, kind in KINDS.items():
+        value, inner = config.get(key), int if key == "layers_to_transform" else str
+        odd = isinstance(value, list) and not all(type(item) is inner for item in value)
+        if value is not None and (odd or not isinstance(value, kind)):
+            raise ValueError(
+                f"{file}: {key} = {json.dumps(value)[:60]} is not what PEFT writes; save the adapter again"
+            )
+        patterns = [value] if isinstance(value, str) else list(value) if kind is dict and value else []
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"{file}: {key}: {pattern!r} is no pattern ({error}); save the adapter again"
+                ) from None
 
 
 def is_targeted(config: dict, module: str) -> bool:

@@ -112,6 +112,11 @@ def complete(fitted: list[float] | None, shares: np.ndarray) -> list[float] | No
 def warnings(lineage: dict) -> list[str]:
     """What became of the weights, where that is more than 10 % off what was asked for, and the cure."""
     total, said = lineage["total"], []
+    if lineage["arguments"]["adapter"]:
+        changed = any(
+            row.get("relative_delta", 1) != 0 for row in lineage["tensors"].values() if row["how"] != "copied"
+        )
+        return [] if changed else ["the adapter changes nothing: its factors' product is 0 in all tensors"]
     asked, stored = total["asked_weights"], total["effective_weights"]
     if stored is None:
         return [f"nothing tells the models' weights apart: {ALIKE}"]
