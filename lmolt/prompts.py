@@ -118,4 +118,11 @@ def _encode_text(tokenizer, text: str, chat: bool = False) -> list[int]:
 
 def _special(tokenizer) -> set[int]:
     """Ids of the tokens that begin, end, pad or mask; an unknown token stands for a text that there is."""
-    return set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    return set(tokenizer.all_special_ids) - {unknown_id(tokenizer)}
+
+
+def unknown_id(tokenizer) -> int | None:
+    """The id of the token for what a tokenizer doesn't know; None where it begins or ends texts as well: such a
+    tokenizer (GPT-2's, of bytes) knows all."""
+    unknown = tokenizer.unk_token_id
+    return None if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id) else unknown

@@ -156,6 +156,7 @@ def pairs_by_direction(args: argparse.Namespace, counts: Counter) -> dict[str, l
 
 def fitting_prompts(args: argparse.Namespace, direction: str, pairs: list[dict], counts: Counter):
     """Pairs whose prompt fits the direction's model, and the prompts; read from its folder before it is loaded."""
+    from lmolt.generation.outputs import count_unknown
     from lmolt.generation.translate import load_config, over_limit, prompts_for, refuse_over_limit
 
     config, tokenizer = load_config(getattr(args, f"{direction}_model"), args.trust_remote_code)
@@ -166,6 +167,9 @@ def fitting_prompts(args: argparse.Namespace, direction: str, pairs: list[dict],
     if over:
         counts[f"{direction}: over the model's positions"] = len(over)
     fit = [i for i in range(len(pairs)) if i not in over]
+    found = Counter()
+    count_unknown(config, tokenizer, direction, [pairs[i][COLUMNS[direction][1]] for i in fit], found)
+    counts.update({f"{direction}: {cause.replace('_', ' ')}": n for cause, n in found.items() if n})
     return [pairs[i] for i in fit], [prompts[i] for i in fit]
 
 
@@ -217,7 +221,8 @@ def main(argv: list[str]) -> None:
     journal = beside(args.output)[-1]
     for direction in args.directions:
         if direction in prompts:
-            outputs, models[direction] = translations(args, direction, prompts[direction], journal, counts)
+            preferred = [pair[COLUMNS[direction][1]] for pair in pairs[direction]]
+            outputs, models[direction] = translations(args, direction, prompts[direction], preferred, journal, counts)
         else:
             outputs = [pair[direction] for pair in pairs[direction]]
         chosen = {"choice": args.negatives, "most": args.num_rejected}
@@ -285,8 +290,13 @@ def use_demo(args: argparse.Namespace) -> None:
         setattr(args, f"{direction}_model", str(DEMO / "models" / f"t5_{direction}"))
 
 
-def translations(args: argparse.Namespace, direction: str, prompts: list[str], journal: Path, counts: Counter):
-    """Each prompt's outputs, one or --num_candidates, and what made them."""
+def translations(
+    args: argparse.Namespace, direction: str, prompts: list[str], preferred: list[str], journal: Path, counts: Counter
+) -> tuple[list[list[str]], dict]:
+    """Each prompt's outputs, one or --num_candidates, and what made them.
+
+    Counted: those that are unlike the `preferred` output of their pair only in what the tokenizer can't write.
+    """
     from lmolt.generation.server import is_server
     from lmolt.generation.translate import identity, load_translator, translate
 
@@ -315,6 +325,13 @@ def translations(args: argparse.Namespace, direction: str, prompts: list[str], j
     if is_server(name):
         weights = f"unknown: they are the server's; what it is known by: {weights}"
     made_by = {"name": name, "adapter": adapter, "weights": weights}
+    if tokenizer is not None:
+        from lmolt.models.tokenizers import as_written
+
+        written = [text for text in as_written(tokenizer, preferred) for _ in range(n)]
+        wanted = [text.strip() for text in preferred for _ in range(n)]
+        if alike := sum(a == b != c for a, b, c in zip(outputs, written, wanted, strict=True)):
+            counts[f"{direction}: output that is the preferred one without what the tokenizer lacks"] = alike
     return [outputs[i : i + n] for i in range(0, len(outputs), n)], made_by
 
 

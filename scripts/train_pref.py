@@ -223,7 +223,7 @@ def check_examples(args: PreferenceArguments, tokenizer, train: list, held_out: 
     every = train + held_out
     prompts = [(build_prompt(e.direction, e.source, args.prompt_style), e.prompt) for e in every]
     outputs = {"preferred outputs": [(e.target, e.chosen[:-1]) for e in every]}  # but for the EOS
-    outputs["dis-preferred outputs"] = [(None, e.rejected[:-1]) for e in every if e.rejected]
+    outputs["dis-preferred outputs"] = [(e.other, e.rejected[:-1]) for e in every if e.rejected]
     for what, texts in ({"prompts": prompts} | outputs).items():
         check_texts(tokenizer, config, what, texts, loading.say)
     if held_out and args.metric_for_best_model:

@@ -8,11 +8,20 @@ import pytest
 import sentencepiece
 import torch
 from conftest import load_script
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from lmolt.files import write_table
 from lmolt.generation.ranking import score
 from lmolt.models.loading import load_tokenizer
-from lmolt.models.tokenizers import Reader, check_texts, tokenizer_identity
+from lmolt.models.tokenizers import Reader, as_written, check_texts, tokenizer_identity
 from lmolt.prompts import MOL2CAP, build_prompt, encode_output, encode_prompt, encode_source
 from lmolt.training.batches import encode_triples
 
@@ -78,7 +87,90 @@ def test_unknown_tokens_of_training_texts_are_counted_and_said(t5, capsys):
     load_script("train_pref").check_examples(args, tokenizer, examples, [])
     preferred, other = capsys.readouterr().out.splitlines()[-2:]
     assert preferred.startswith("preferred outputs: 1 of 2 have characters that the tokenizer doesn't know (<unk>)")
-    assert other == "dis-preferred outputs: 1 of 2 have characters that the tokenizer doesn't know (<unk>)"
+    text = r"dis-preferred outputs: 1 of 2 have characters that the tokenizer doesn't know (<unk>), such as 'C\\C'"
+    assert other == text
+
+
+def test_a_character_that_is_dropped_or_rewritten_is_counted_wherever_it_stands(t5, llama, capsys):
+    tokenizer, said, config = load_tokenizer(str(t5)), [], T5Config(vocab_size=256)
+    texts = ["C/C=C/C"] * 1000
+    texts[7], texts[8] = "a lipid is \ufb01ne", "C\u200bC"  # a ligature, a blank of no width: in no sample of 200
+    rows = [(text, encode_source(tokenizer, text)) for text in texts]
+    assert check_texts(tokenizer, config, "outputs", rows, said.append)["changed_outputs"] == 2
+    assert said == [
+        "outputs: 2 of 1000 come back changed from the tokenizer ('\\u200b', '\ufb01'), such as 'a lipid is \ufb01ne'"
+    ]
+    said.clear()
+    bare = load_tokenizer(str(llama))
+    rows = [(text, encode_prompt(bare, text)) for text in texts]
+    assert not +check_texts(bare, LlamaConfig(vocab_size=400), "outputs", rows, said.append) and not said
+
+    # of triples: the dis-preferred output too, and two outputs that differ as texts only
+    row = {"id": "a", "direction": MOL2CAP, "source": "CC", "chosen": "a lipid", "rejected": "a \ufb01ne lipid"}
+    same = row | {"chosen": "The molecule is a lipid \ufb01", "rejected": "The molecule is a lipid fi"}
+    examples, dropped = encode_triples([row, same, row | {"rejected": "a lipid"}], tokenizer, 4000, "error")
+    assert dropped == {
+        "chosen equals rejected, as the tokenizer writes them (mol2cap)": 1,
+        "chosen equals rejected (mol2cap)": 1,
+    }
+    args = {"model": str(t5), "revision": None, "trust_remote_code": False, "prompt_style": "bare"}
+    row |= {"rejected": "a lipid is"}
+    more, _ = encode_triples([row], tokenizer, 4000, "error", style="bare")
+    args = SimpleNamespace(**args, metric_for_best_model=None)
+    load_script("train_pref").check_examples(args, tokenizer, examples + more, [])
+    (line,) = capsys.readouterr().out.splitlines()[-1:]
+    assert line.startswith("dis-preferred outputs: 1 of 2 come back changed from the tokenizer ('\ufb01')")
+
+
+def test_an_unknown_token_that_ends_texts_too_is_no_unknown_one(llama):
+    """GPT-2's tokenizer: one token for unknown, begin and end; as it is of bytes, it knows all."""
+    inner = AutoTokenizer.from_pretrained(llama).backend_tokenizer
+    one = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}
+    tokenizer, said = PreTrainedTokenizerFast(tokenizer_object=inner, **one), []
+    rows = [("CC", encode_prompt(tokenizer, "CC"))]
+    assert not +check_texts(tokenizer, LlamaConfig(vocab_size=400), "prompts", rows, said.append) and not said
+    assert encode_output(tokenizer, "CC</s>CC").count(tokenizer.eos_token_id) == 1
+
+
+def test_a_number_between_the_tokens_has_no_text_and_is_counted():
+    inner = Tokenizer(models.WordLevel({"<unk>": 0, "C": 1, "<x>": 2, "O": 9}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", additional_special_tokens=["<x>"])
+    assert Reader(tokenizer).texts([[1, 5, 9], [1, 0, 9], [1, 2, 9], [2, 1, 9, 2]]) == [
+        *(("C O", 1), ("C O", 1)),  # a gap; an unknown token
+        *(("C O", 1), ("C O", 0)),  # a special token amid the text, and around it
+    ]
+    assert Reader(tokenizer, "N").texts([[1, 5, 9]]) == [("C N O", 1)]
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_what_the_tokenizer_lacks_in_references_and_prompts_is_counted_once(t5, tmp_path, candidates, capsys):
+    for file in t5.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 256}
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**sizes, **ids, tie_word_embeddings=False, initializer_factor=2.0))
+    model.lm_head.weight.data[100:] = model.lm_head.weight.data[:3] = 0  # so that texts come out
+    model.save_pretrained(tmp_path)
+    molecules = [r"C/C=C\C", "C/C=C/C", r"C/C=C\CC", "CCC"]
+    pairs = [{"id": str(i), "molecule": m, "caption": f"The lipid {m}."} for i, m in enumerate(molecules)]
+    write_table(pairs, tmp_path / "pairs.csv")
+    sampled = ["--num_candidates", str(candidates), "--temperature", "1"] if candidates > 1 else []
+    common = ["--pairs", tmp_path / "pairs.csv", "--directions", "cap2mol", "--max_new_tokens", "8", *sampled]
+
+    out = ["--cap2mol_model", tmp_path, "--fraction", "1", "--output", tmp_path / "triples.jsonl"]
+    load_script("make_triples").main([*map(str, common + out)])
+    counts = json.loads((tmp_path / "triples.json").read_text())["counts"]
+    assert counts["cap2mol: unk in references"] == counts["cap2mol: unk in prompts"] == 2
+    lines = capsys.readouterr().out
+    assert "cap2mol references: 2 of 4 have characters" in lines and "prompts: 2 of 4 have characters" in lines
+
+    rank = ["--rank", "votes"] if candidates > 1 else []
+    out = ["--model", tmp_path, "--output", tmp_path / "run", "--no_fcd", "--n_bootstrap", "10", *rank]
+    load_script("evaluate").main([*map(str, common + out)])
+    counts = json.loads((tmp_path / "run" / "metrics.json").read_text())["directions"]["cap2mol"]["counts"]
+    assert counts["unk_in_references"] == counts["unk_in_prompts"] == 2
+    assert as_written(load_tokenizer(str(tmp_path)), molecules) == ["C/C=CC", "C/C=C/C", "C/C=CCC", "CCC"]
 
 
 def test_a_folder_without_tokenizer_files_is_refused(t5, tmp_path):

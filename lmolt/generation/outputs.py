@@ -21,18 +21,10 @@ class Translators:
 
     def __call__(self, direction: str, sources: list[str], counts: Counter, back: bool = False) -> list[str]:
         """Outputs for `sources`; with `back`, by --round_trip_model where there is one."""
-        from lmolt.generation.translate import load_translator, prompts_for, translate
+        from lmolt.generation.translate import prompts_for, translate
 
-        args, other = self.args, back and self.args.round_trip_model
-        system = None if other else self.system
-        options = {key: getattr(args, key) for key in ("dtype", "load_in_4bit", "trust_remote_code")}
-        wanted = (system.models[direction], system.adapters[direction]) if system else (args.model, args.adapter)
-        wanted = (args.round_trip_model, args.round_trip_adapter) if other else wanted
-        if wanted != self.wanted:
-            self.loaded = None
-            self.loaded = load(system, direction, **options) if system else load_translator(*wanted, **options)
-            self.wanted = wanted
-        model, tokenizer = self.loaded
+        args, system = self.args, None if back and self.args.round_trip_model else self.system
+        model, tokenizer = self.load(direction, back)
         if system:
             prompts = [build_prompt(direction, source, system.prompt) for source in sources]
         else:
@@ -56,52 +48,76 @@ class Translators:
         counts["cut_output"] += sum(a != b for a, b in zip(outputs, kept, strict=True))
         return kept
 
+    def load(self, direction: str, back: bool = False) -> tuple:
+        """The model and its tokenizer that a call with the same arguments asks."""
+        from lmolt.generation.translate import load_translator
+
+        args, other = self.args, back and self.args.round_trip_model
+        system = None if other else self.system
+        options = {key: getattr(args, key) for key in ("dtype", "load_in_4bit", "trust_remote_code")}
+        wanted = (system.models[direction], system.adapters[direction]) if system else (args.model, args.adapter)
+        wanted = (args.round_trip_model, args.round_trip_adapter) if other else wanted
+        if wanted != self.wanted:
+            self.loaded = None
+            self.loaded = load(system, direction, **options) if system else load_translator(*wanted, **options)
+            self.wanted = wanted
+        return self.loaded
+
 
 def translated(args: argparse.Namespace, translators: Translators, pairs: list[dict], counts: dict) -> list[dict]:
     """Prediction rows of the pairs, the same on every process; `counts` says how many were cut."""
     from lmolt.data.predictions import rows_of_pairs
 
-    best = lambda direction, sources, found: best_candidates(args, translators.system, direction, sources, found)
+    best = BestCandidates(args, translators.system) if args.num_candidates > 1 else None
     rows = []
     for direction in args.directions:
         asked = rows_of_pairs(pairs, direction)
         sources = [row["source"] for row in asked]
-        outputs = (best if args.num_candidates > 1 else translators)(direction, sources, counts[direction])
-        if translators.loaded and translators.loaded[1] and not args.no_references:
-            count_unknown(*translators.loaded, direction, [row["reference"] for row in asked], counts[direction])
+        if not args.no_references:
+            references = [row["reference"] for row in asked]
+            model, tokenizer = (best or translators).load(direction)
+            count_unknown(model.config, tokenizer, direction, references, counts[direction])
+            del model  # there may not be room for the next beside it
+        outputs = (best or translators)(direction, sources, counts[direction])
         reference = {"reference": None} if args.no_references else {}
         rows += [row | reference | {"prediction": output} for row, output in zip(asked, outputs, strict=True)]
     return rows
 
 
-def count_unknown(model, tokenizer, direction: str, references: list[str], counts: Counter) -> None:
-    """Count the references that the model can't write, and say so."""
+def count_unknown(config, tokenizer, direction: str, references: list[str], counts: Counter) -> None:
+    """Count the references that the model can't write, and say so. A server's tokenizer (None) isn't known."""
+    if tokenizer is None:
+        return
     from lmolt.models.tokenizers import check_texts
 
     texts = [(text, tokenizer(text, add_special_tokens=False)["input_ids"]) for text in references]
     say = print if FIRST_PROCESS else lambda _: None
-    counts += check_texts(tokenizer, model.config, "references", texts, lambda line: say(f"{direction} {line}"))
+    counts += check_texts(tokenizer, config, "references", texts, lambda line: say(f"{direction} {line}"))
 
 
-def best_candidates(
-    args: argparse.Namespace, system: System | None, direction: str, sources: list[str], counts: Counter
-) -> list[str]:
+class BestCandidates:
     """The best of --num_candidates by --rank for each source."""
-    from lmolt.generation.candidates import OVER
-    from lmolt.generation.translator import Translator
 
-    options = {key: getattr(args, key) for key in ("dtype", "load_in_4bit", "trust_remote_code", "reverse_model")}
-    translator = Translator(args.model, args.adapter, system=system, **options)
-    names = ("num_candidates", "num_beams", "temperature", "rank", "channel_weight")
-    settings = {name: getattr(args, name) for name in (*names, "max_new_tokens", "tokens_per_batch")}
-    found = translator(sources, direction, journal=args.output / "journal", progress=True, **settings)
-    if args.too_long == "error" and (over := [c for c in found if c.note == OVER]):
-        raise ValueError(
-            f"{len(over)} prompts are {OVER}, that of pair {over[0].row} of {len(sources)} the first; lower "
-            "--max_new_tokens, or count their outputs as empty with --too_long empty"
-        )
-    counts.update(found.counts)
-    return found.best()
+    def __init__(self, args: argparse.Namespace, system: System | None):
+        from lmolt.generation.translator import Translator
+
+        options = {key: getattr(args, key) for key in ("dtype", "load_in_4bit", "trust_remote_code", "reverse_model")}
+        self.args, self.translator = args, Translator(args.model, args.adapter, system=system, **options)
+        self.load = self.translator.load
+
+    def __call__(self, direction: str, sources: list[str], counts: Counter) -> list[str]:
+        from lmolt.generation.candidates import OVER
+
+        args, names = self.args, ("num_candidates", "num_beams", "temperature", "rank", "channel_weight")
+        settings = {name: getattr(args, name) for name in (*names, "max_new_tokens", "tokens_per_batch")}
+        found = self.translator(sources, direction, journal=args.output / "journal", progress=True, **settings)
+        if args.too_long == "error" and (over := [c for c in found if c.note == OVER]):
+            raise ValueError(
+                f"{len(over)} prompts are {OVER}, that of pair {over[0].row} of {len(sources)} the first; lower "
+                "--max_new_tokens, or count their outputs as empty with --too_long empty"
+            )
+        counts.update(found.counts)
+        return found.best()
 
 
 def translate_back(args: argparse.Namespace, translators: Translators, rows: list[dict], counts: dict) -> None:

@@ -27,7 +27,7 @@ from lmolt.generation.server import Server
 from lmolt.generation.translate import identity, process_state
 from lmolt.models.attention import TREE
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
-from lmolt.prompts import encode_output, encode_prompt
+from lmolt.prompts import encode_output, encode_prompt, encode_source
 
 TOKENS_PER_ROW = 4096  # of the tree: its mask has this many squared
 
@@ -57,8 +57,8 @@ def score(
         return [Score(*model.scores.get(pair, unknown)) for pair in pairs]
     state, distinct = process_state(), list(dict.fromkeys(pairs))
     seq2seq = model.config.is_encoder_decoder
-    encode = (lambda prompt: tokenizer(prompt)["input_ids"]) if seq2seq else (lambda p: encode_prompt(tokenizer, p))
-    prompts = {prompt: encode(prompt) for prompt in dict.fromkeys(prompt for prompt, _ in distinct)}
+    encode = encode_source if seq2seq else encode_prompt
+    prompts = {prompt: encode(tokenizer, prompt) for prompt in dict.fromkeys(prompt for prompt, _ in distinct)}
     rows = {pair: (prompts[pair[0]], encode_output(tokenizer, pair[1], pair[0])) for pair in distinct}
     limit = None if seq2seq else getattr(model.config, "max_position_embeddings", None)
     over = {pair for pair, row in rows.items() if limit is not None and sum(map(len, row)) > limit}

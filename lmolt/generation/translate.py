@@ -168,8 +168,8 @@ def translate(
     With `num_return` > 1 a prompt's output is a list: of its best beams, best first (empty where it is too long).
     `tokens_per_batch` bounds rows x (longest prompt + `max_new_tokens`). A prompt that with `max_new_tokens` exceeds
     the model's positions is an error, or with `too_long="empty"` gives an empty output, counted aloud: none is cut.
-    An unknown token in an output is written as `unk`. `counts` is told of prompts and outputs that have one,
-    and of outputs that `max_new_tokens` ended (`truncated`).
+    An unknown token in an output is written as `unk`. `counts` is told of prompts (each once,
+    where they are sampled) and outputs that have one, and of outputs that `max_new_tokens` ended (`truncated`).
     `journal` is a folder; rows in it that were made by this model with these settings are taken from it. It is the
     caller's to delete. `progress` names the work in messages and on the bar, of the first process only.
     The way of decoding is proved first, on some of these prompts (lmolt/generation/routes.py).
@@ -219,6 +219,8 @@ def translate(
     if too_long == "error":
         refuse_over_limit(model.config, prompts, over, max_new_tokens)
     encoded = [(prompt, rows[key]) for prompt, key in zip(prompts, keys, strict=True)]
+    if temperature > 0:  # a prompt stands there once a candidate
+        encoded = list(dict(encoded).items())
     seen_in = check_texts(tokenizer, model.config, "prompts", encoded, lambda line: say(f"{progress} {line}".strip()))
     outputs = {keys[row]: [("", 0, False)] * (num_return == 1) for row in over}
     if outputs:

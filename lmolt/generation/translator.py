@@ -157,7 +157,9 @@ class Translator:
             made, n = [[output] for output in made], num_candidates - 1
             if n:
                 how |= {"temperature": temperature, "top_p": top_p, "seed": seed, "progress": say(", samples")}
+                in_prompts = counts["unk_in_prompts"]
                 sampled = translate(model, tokenizer, [text for text in texts for _ in range(n)], **how)
+                counts["unk_in_prompts"] = in_prompts  # the same prompts
                 made = [greedy + sampled[i * n : (i + 1) * n] for i, greedy in enumerate(made)]
         if self.system:
             kept = [[finish(self.system, direction, output) for output in outputs] for outputs in made]

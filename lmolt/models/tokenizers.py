@@ -1,10 +1,12 @@
 """A model's tokenizer: loaded, checked against the model and the texts, and what it can't write counted."""
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable
 
 from lmolt.files import content_hash
+from lmolt.prompts import unknown_id
 
 SAMPLE = 200  # texts that are decoded again
 
@@ -27,9 +29,10 @@ def check_texts(tokenizer, config, what: str, texts: Iterable[tuple[str | None, 
     """Look at texts as the model sees them: (text, its token ids), before any compute.
 
     `ValueError` for ids that the model has no embedding for, or where no text comes back from the tokenizer. Counted
-    and said: texts with unknown tokens, and (of `SAMPLE` of them) texts that come back changed.
+    and said: texts with unknown tokens, and texts that come back changed: all that have a character which the tokenizer
+    drops or writes as another, and of `SAMPLE` of them what else changes.
     """
-    texts, counts = list(texts), Counter()
+    texts, counts, unk = list(texts), Counter(), unknown_id(tokenizer)
     rows = config.get_text_config(decoder=True).vocab_size
     for text, ids in texts:
         if len(ids) and max(ids) >= rows:
@@ -37,7 +40,7 @@ def check_texts(tokenizer, config, what: str, texts: Iterable[tuple[str | None, 
                 f"{what}: {(text or '')[:80]!r} has the token number {max(ids):,} and the model {rows:,} embeddings; "
                 "tokenizer and model don't belong together"
             )
-    unknown = [text for text, ids in texts if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids]
+    unknown = [text for text, ids in texts if unk in ids]
     counts[f"unk_in_{what}"] = len(unknown)
     if unknown:
         example = next((f", such as {text[-80:]!r}" for text in unknown if text), "")
@@ -49,10 +52,10 @@ def check_texts(tokenizer, config, what: str, texts: Iterable[tuple[str | None, 
     sample = known[:: max(1, len(known) // SAMPLE)]
     changed, emptied = [], 0
     for text, ids in sample:
-        back = _letters(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        back = _read(tokenizer, ids)
         emptied += 2 * len(back) < len(_letters(text))
-        if back != _letters(text) and tokenizer.unk_token_id not in ids:
-            changed.append((text, back))
+        if back != _letters(text) and unk not in ids:
+            changed.append(text)
     if sample and (emptied == len(sample) or len(changed) == len(sample)):
         text, ids = sample[0]
         back = tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -60,13 +63,36 @@ def check_texts(tokenizer, config, what: str, texts: Iterable[tuple[str | None, 
             f"{what}: no text comes back from the tokenizer as it went in, such as {text[-60:]!r} as {back[-60:]!r}; "
             "its files are missing or another model's"
         )
+    odd, seen = _changed_characters(tokenizer, {text for text, _ in known}), set(changed)
+    changed = [text for text, _ in known if text in seen or not odd.isdisjoint(text)]
     if changed:
+        which = f" ({', '.join(map(repr, sorted(odd)[:5]))})" if odd else f" (of {len(sample)} looked at)"
         say(
-            f"{what}: {len(changed)} of {len(sample)} looked at come back changed from the tokenizer, such as "
-            f"{changed[0][0][-60:]!r}"
+            f"{what}: {len(changed)} of {len(texts)} come back changed from the tokenizer{which}, such as "
+            f"{changed[0][-60:]!r}"
         )
     counts[f"changed_{what}"] = len(changed)
     return counts
+
+
+def _changed_characters(tokenizer, texts: Iterable[str]) -> set[str]:
+    """The characters that the tokenizer drops or writes as others, unknown ones aside: they don't come back."""
+    changed, unk = set(), unknown_id(tokenizer)
+    for character in set().union(*texts):
+        ids = tokenizer(f"C{character}C", add_special_tokens=False)["input_ids"]
+        if unk not in ids and _read(tokenizer, ids) != _letters(f"C{character}C"):
+            changed.add(character)
+    return changed
+
+
+def _read(tokenizer, ids: Iterable[int]) -> str:
+    return _letters(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def as_written(tokenizer, texts: Iterable[str]) -> list[str]:
+    """What becomes of texts that a model writes without an error: what its tokenizer lacks is not in them."""
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [text for text, _ in Reader(tokenizer).texts(ids)]
 
 
 def _letters(text: str) -> str:
@@ -92,21 +118,24 @@ class Reader:
 
     def __init__(self, tokenizer, unk: str = ""):
         self.tokenizer, self.unk = tokenizer, unk
-        self.size = 1 + max(tokenizer.get_vocab().values(), default=-1)
-        self.unknown = tokenizer.unk_token_id
+        self.known = set(tokenizer.get_vocab().values())  # there may be gaps between
+        self.unknown = unknown_id(tokenizer)
+        self.special = set(tokenizer.all_special_ids) - {self.unknown}  # what begins and ends an output says nothing
 
     def texts(self, rows: list[list[int]]) -> list[tuple[str, int]]:
-        """Each row's text, and how many of its tokens have none."""
+        """Each row's text, and how many of its tokens have none: unknown ones, and special ones amid it."""
         return [self._read(row) for row in rows]
 
     def _read(self, row: list[int]) -> tuple[str, int]:
-        lost = lambda token: token >= self.size or token == self.unknown
-        count = sum(map(lost, row))
+        lost = lambda token: token not in self.known or token == self.unknown
+        special = self.special.__contains__
+        inner = list(itertools.dropwhile(special, row))
+        inner = list(itertools.dropwhile(special, reversed(inner)))
+        count = sum(lost(token) or special(token) for token in inner)
         decode = lambda ids, skip: self.tokenizer.decode(
             ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
         )
-        if not (count and self.unk):
-            return decode([token for token in row if token < self.size], True).strip(), count
-        special = set(self.tokenizer.all_special_ids)
-        kept = [self.unknown if lost(token) else token for token in row if lost(token) or token not in special]
+        if not (count and self.unk) or self.unknown is None:
+            return decode([token for token in row if token in self.known], True).strip(), count
+        kept = [self.unknown if lost(token) else token for token in row if not special(token)]
         return decode(kept, False).replace(self.tokenizer.unk_token, self.unk).strip(), count

@@ -26,6 +26,7 @@ class Example:
     mismatched: array = field(default_factory=lambda: array("i"))
     source: str = ""  # as text, with the preferred output, for translations during evaluation
     target: str = ""
+    other: str = ""  # the dis-preferred output, as text
 
 
 @dataclass
@@ -87,9 +88,11 @@ def encode_triples(
             dropped[f"over {max_length} tokens ({triple['direction']})"] += 1
             continue
         if chosen == rejected:
-            dropped[f"chosen equals rejected ({triple['direction']})"] += 1
+            same = "" if triple["chosen"] == triple["rejected"] else ", as the tokenizer writes them"
+            dropped[f"chosen equals rejected{same} ({triple['direction']})"] += 1
             continue
         texts = {"source": triple["source"], "target": triple["chosen"]}
+        texts["other"] = triple["rejected"] if with_rejected else ""
         examples.append(Example(str(triple["id"]), triple["direction"], prompt, chosen, rejected, **texts))
     if long and on_too_long == "error":
         length, row, name = max(long)
