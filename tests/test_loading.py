@@ -178,3 +178,24 @@ def test_a_vision_tower_has_no_adapter(tmp_path, capsys):
     adapted = [name for name, _ in policy.named_parameters() if "lora_A" in name]
     assert len(adapted) == 14 and all("language_model" in name for name in adapted)
     assert "on the 14 linear layers of the text model; 15 of other towers have none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{ eos", r"generation_config.json line 1 column 3: not JSON"),  # transformers would make one up, in silence
+        ('{"eos_token_id": "</s>"}', "generation_config.json: eos_token_id is '</s>', and neither a number nor"),
+        ('{"eos_token_id": [2, "</s>"]}', "generation_config.json: eos_token_id is .*, and neither a number nor"),
+    ],
+)
+def test_a_damaged_generation_config_is_named(llama, text, message):
+    (llama / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(llama)
+
+
+def test_a_padding_token_beyond_the_vocabulary_is_no_traceback(llama):
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"pad_token_id": 9999}))
+    with pytest.raises(ValueError, match="can't be loaded: AssertionError Padding_idx must be within num_embeddings"):
+        load(llama)

@@ -1,5 +1,6 @@
 """Batched translation against `generate`, one prompt at a time; journals; limits."""
 
+import copy
 import itertools
 import json
 
@@ -159,6 +160,30 @@ def test_equal_prompts_are_translated_once(translator, monkeypatch):
     monkeypatch.setattr(translation, "decode", counting(decoded))
     out = translate(model, tokenizer, [prompts[0], prompts[1], prompts[0]], max_new_tokens=4)
     assert decoded == [2] and out[0] == out[2]
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"temperature": 1.0}, {"repetition_penalty": 1.5}])
+def test_logits_that_are_not_finite_give_no_text(translator, how):
+    """What the self-check doesn't see: a NaN that few prompts meet, or a precision that overflows on them."""
+    model, tokenizer, prompts = translator
+    model, prompts = copy.deepcopy(model), [*prompts, prompts[0] + "q" * 9 + "CCO"]  # neither first, middle nor last
+    odd = set(tokenizer("q")["input_ids"]) - set(tokenizer("".join(prompts[:-1]))["input_ids"])
+    prompts += [prompts[0] + "C" * 200]
+    assert translate(model, tokenizer, prompts, max_new_tokens=4, **how)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[list(odd)] = torch.nan
+    with pytest.raises(ValueError, match="the model's logits are NaN or infinite on these inputs"):
+        translate(model, tokenizer, prompts, max_new_tokens=4, **how)
+
+
+def test_what_a_generation_config_asks_for_and_is_not_done(translator):
+    model, idle = translator[0], GenerationConfig(repetition_penalty=1.0, length_penalty=1.0, min_length=0)
+    model, config = copy.copy(model), {"forced_bos_token_id": 0, "min_length": 1, "suppress_tokens": [3]}
+    model.generation_config = idle
+    assert decoding.not_used(model, decoding.Settings()) == {}
+    model.generation_config = GenerationConfig(**config, repetition_penalty=1.2, no_repeat_ngram_size=3)
+    found = decoding.not_used(model, decoding.Settings(no_repeat_ngram_size=3))
+    assert found == config | {"repetition_penalty": 1.2}
 
 
 def test_no_prompt_and_training_mode_kept(translator):

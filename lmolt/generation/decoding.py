@@ -52,12 +52,14 @@ ASKED = (  # what a generation_config.json may ask for that changes which token 
     *("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"),
     *("forced_eos_token_id", "guidance_scale", "penalty_alpha", "watermarking_config"),
 )
+FACTORS = ("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "guidance_scale")  # 1: nothing
 
 
 def not_used(model, settings: Settings) -> dict:
     """What the model's generation_config.json asks for and `settings` don't do."""
     asked = {key: getattr(model.generation_config, key, None) for key in ASKED}
-    return {k: v for k, v in asked.items() if v and v not in (1.0, getattr(settings, k, None))}
+    idle = lambda key: (None, [], {}, 1.0 if key in FACTORS else None if key.endswith("token_id") else 0)
+    return {k: v for k, v in asked.items() if v not in (*idle(k), getattr(settings, k, None))}
 
 
 def _pad(rows: list[list[int]], left: bool, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +158,7 @@ def decode(
             if placed:
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             out = model(**inputs, **({"logits_to_keep": 1} if few else {}))
-        logits, cache = out.logits[:, -1].float(), out.past_key_values  # (B, V)
+        logits, cache = _finite(out.logits[:, -1].float()), out.past_key_values  # (B, V)
         if settings.temperature > 0:
             ids = _draw(logits / settings.temperature, settings.top_p, [streams[row].random() for row in live])
         else:
@@ -183,6 +185,16 @@ def decode(
         if not seq2seq:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return outputs
+
+
+def _finite(logits: torch.Tensor) -> torch.Tensor:
+    """The logits (B, V); `ValueError` where a row's are NaN or infinite: its most probable token would be any."""
+    if not logits.amax(-1).isfinite().all():
+        raise ValueError(
+            "the model's logits are NaN or infinite on these inputs: its weights hold such numbers, or its precision "
+            "overflows (T5 in float16); try --dtype bfloat16 or float32, or take an undamaged copy"
+        )
+    return logits
 
 
 def _draw(logits: torch.Tensor, top_p: float, draws: list[float]) -> torch.Tensor:
@@ -248,7 +260,8 @@ def _generate(model, ends, rows, settings: Settings, chooser: "_Chooser | None",
         pad_token_id=ends[0] if ends else 0,
         decoder_start_token_id=decoder_start(model) if seq2seq else None,
     )
-    processors = LogitsProcessorList([chooser] if chooser is not None and settings.num_beams == 1 else [])
+    chooses = chooser is not None and settings.num_beams == 1
+    processors = LogitsProcessorList([chooser if chooses else lambda _, scores: _finite(scores)])
     with _neutral(model), torch.no_grad():
         generated = model.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
@@ -275,7 +288,7 @@ class _Chooser(LogitsProcessor):
         self.settings, self.streams, self.record, self.steps = settings, streams, record, []
 
     def __call__(self, input_ids, scores):
-        scores = scores.float()
+        scores = _finite(scores.float())
         ids = scores.argmax(-1, keepdim=True)
         if self.settings.temperature > 0:
             draws = [stream.random() for stream in self.streams]

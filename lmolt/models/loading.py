@@ -91,6 +91,8 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         if token is not None:
             tokenizer.eos_token = token
             say(f"{name}: its tokenizer names no EOS; {token!r}, which its config.json names, ends outputs")
+    if tokenizer.init_kwargs.get("add_bos_token") and tokenizer.bos_token_id is None:
+        say(f"{name}: its tokenizer is to add a BOS and names none (bos_token): prompts begin without one")
     check_tokenizer(tokenizer, config, name)
     return tokenizer
 
@@ -183,6 +185,10 @@ def read_config(name: str, revision: str | None, trust_remote_code: bool):
         kind = read_json(folder / "config.json", plain=True).get("model_type", "")  # no JSON is named with its place
         if not isinstance(kind, str):
             raise ValueError(f"{folder / 'config.json'}: model_type is {str(kind)[:60]}, and no architecture's name")
+        if (settings := folder / "generation_config.json").is_file():  # transformers makes one up for a damaged one
+            ends = read_json(settings, plain=True).get("eos_token_id")
+            if not all(end is None or type(end) is int for end in (ends if isinstance(ends, list) else [ends])):
+                raise ValueError(f"{settings}: eos_token_id is {str(ends)[:60]!r}, and neither a number nor numbers")
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except UNREADABLE as error:
@@ -218,7 +224,7 @@ def _load(auto, name: str, config, attention: str | None, **kwargs):
         raise ValueError(
             f"model {name!r}: its weights are cut off or damaged ({error}); download them again"
         ) from error
-    except (RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (RuntimeError, KeyError, TypeError, AttributeError, ImportError, AssertionError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(
