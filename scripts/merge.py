@@ -209,6 +209,18 @@ def check_output(args: argparse.Namespace, sources: list[Checkpoint]) -> None:
         ownership.check_free(folder, "merge", ["*"])
 
 
+def check_recorded(folder: Path, lineage: dict, named: dict[str, Checkpoint]) -> None:
+    """`ValueError` where a file of the merge, or one that it was made from, isn't what merge.json says."""
+    places = {folder / file: digest for key in ("outputs", "copied") for file, digest in lineage.get(key, {}).items()}
+    for key, digest in lineage.get("inputs", {}).items():
+        name, _, file = key.rpartition("/")
+        places[(named[name].folder if name in named else Path(name)) / file] = digest
+    for file, digest in places.items():
+        if not file.is_file() or content_hash(file, remember=folder not in file.parents) != digest:
+            was = "written" if folder in file.parents else f"merged into {folder}"
+            raise ValueError(f"{file} is not what was {was} (its XXH3-128 differs); merge again")
+
+
 def check_finished(args: argparse.Namespace, arguments: dict, named: dict[str, Checkpoint]) -> None:
     """--resume on a merge that is finished: `ValueError` where it is another one, of other inputs, or damaged."""
     lineage = read_json(args.output / "merge.json")
@@ -218,16 +230,7 @@ def check_finished(args: argparse.Namespace, arguments: dict, named: dict[str, C
             f"{args.output} is a finished merge with {odd[0]} {written.get(odd[0])!r}, not {arguments[odd[0]]!r}; "
             "leave --resume out (--overwrite replaces it), or take another folder"
         )
-    places = {args.output / file: digest for file, digest in (lineage.get("outputs") or {}).items()}
-    for key, digest in (lineage.get("inputs") or {}).items():
-        name, _, file = key.rpartition("/")
-        places[(named[name].folder if name in named else Path(name)) / file] = digest
-    for file, digest in places.items():
-        if not file.is_file() or content_hash(file, remember=file.parent != args.output) != digest:
-            raise ValueError(
-                f"{args.output} is finished, but {file} is not what its merge.json says; leave --resume out, and merge "
-                "again (--overwrite)"
-            )
+    check_recorded(args.output, lineage, named)
     if args.push_to_hub:
         from lmolt import hub
 
@@ -266,6 +269,7 @@ def verify_folder(folder: Path) -> None:
         raise ValueError(f"{folder / 'merge.json'}: names no arguments or outputs; merge again")
     args = argparse.Namespace(**dict.fromkeys(SAVED) | lineage["arguments"])
     models, base, recipe, _ = resolve(args)
+    check_recorded(folder, lineage, dict(zip([*args.models, args.base], [*models, base], strict=True)))
     if args.adapter:
         adapter = find_folder(args.adapter, args.revision)
         formula = verification.fold_by_peft(models[0], adapter, args.fold_base, Checkpoint(folder).dtype)
@@ -274,9 +278,16 @@ def verify_folder(folder: Path) -> None:
         formula = lambda name: verification.plain(recipe, name, models, base)
         largest = lambda name: max(float(abs(x).max()) for s in [*models, base] if s for x in s.read(name))
     shares = verification.verify(folder, lineage, formula, largest)
+    config, dtype = read_json(folder / "config.json"), Checkpoint(folder).dtype
+    wanted = [output_config(models[0], dtype, {})]
+    wanted += [output_config(models[0], dtype, {"tie_word_embeddings": False})] if args.adapter else []
+    if config not in wanted:
+        odd = min((key for key in config | wanted[-1] if config.get(key) != wanted[-1].get(key)), default="it")
+        raise ValueError(f"{folder / 'config.json'}: {odd} is not what was written or read from; merge again")
     worst = f", at most {max(shares.values()):.4%} of a tensor's values off the formula" if shares else ""
     print(
-        f"verified {folder}: hashes of {len(lineage['outputs'])} files, {len(shares)} tensors worked out again{worst}"
+        f"verified {folder}: hashes of {len(lineage['outputs'])} files of weights, {len(lineage.get('copied', {}))} "
+        f"others and {len(lineage.get('inputs', {}))} inputs, {len(shares)} tensors worked out again{worst}"
     )
 
 
@@ -372,6 +383,7 @@ def main(argv: list[str]) -> None:
         "inputs": inputs,
         "inputs_sha256": published_hashes(named),
         "outputs": outputs,
+        "copied": {str(file): content_hash(models[0].folder / file) for file in files},
         "sha256": {file: sha256_file(output.partial / file) for file in outputs} if args.push_to_hub else {},
         "licence": licence,
         **(summarise_fold(records) if args.adapter else summarise(records, dtype, origin[0])),

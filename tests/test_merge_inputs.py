@@ -472,11 +472,11 @@ def test_resume_of_a_finished_merge_compares_the_arguments(merge, ab, tmp_path, 
     whole = file.read_bytes()
     for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), None):
         file.unlink() if damaged is None else file.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"O/model.safetensors is not what its merge.json says"):
+        with pytest.raises(ValueError, match=r"O/model.safetensors is not what was written"):
             merge(*call, "--t", 0.05, "--resume")
     file.write_bytes(whole)
     rewrite(ab[1], lambda tensors: tensors["model.norm.weight"].mul_(2))  # trained on since
-    with pytest.raises(ValueError, match=r"B/model.safetensors is not what its merge.json says"):
+    with pytest.raises(ValueError, match=r"B/model.safetensors is not what was merged into .*O"):
         merge(*call, "--t", 0.05, "--resume")
 
 

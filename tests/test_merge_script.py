@@ -354,6 +354,25 @@ def test_verify_sees_a_flipped_byte(merge, abc, tmp_path, capsys):
         merge("--verify", tmp_path / "O")
 
 
+def test_verify_looks_at_all_that_was_read_and_written(merge, abc, tmp_path):
+    folder = tmp_path / "O"
+    merge(*SLERP, "--models", *abc[:2], "--output", folder, "--verify")
+    for file, message in {
+        folder / "tokenizer.json": "O/tokenizer.json is not what was written",
+        folder / "config.json": "O/config.json: hidden_act is not what was written or read from",
+        min(abc[1].glob("*.safetensors")): "safetensors is not what was merged into .*O",
+    }.items():
+        before = file.read_bytes()
+        if file.name == "config.json":
+            configure(folder, hidden_act="gelu")
+        else:
+            file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        with pytest.raises(ValueError, match=message):
+            merge("--verify", folder)
+        file.write_bytes(before)
+    merge("--verify", folder)
+
+
 def test_verify_where_large_terms_cancel(merge, abc, tmp_path, capsys):
     """b + 0.05 (0 - b) / 0.05 is 0 but for the last bits of b, which are no units of 0."""
     a, zeros = abc[0], tmp_path / "Z"
@@ -366,6 +385,8 @@ def test_verify_where_large_terms_cancel(merge, abc, tmp_path, capsys):
 def test_verify_works_tensors_out_again(merge, abc, tmp_path):
     merge(*SLERP, "--models", *abc[:2], "--output", tmp_path / "O")
     rewrite(abc[0], lambda tensors: [tensor.mul_(1.5) for tensor in tensors.values()])
+    file = tmp_path / "O" / "merge.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"inputs": {}}))  # whose hashes would tell
     with pytest.raises(ValueError, match=r"weight: .* of its values are not the formula's"):
         merge("--verify", tmp_path / "O")
 
@@ -389,6 +410,9 @@ def test_a_damaged_partial_merge_is_refused(merge, abc, tmp_path):
     stored[8 + int.from_bytes(stored[:8], "little")] ^= 1  # the first tensor's first byte
     shard.write_bytes(stored)
     with pytest.raises(ValueError, match="damaged"):
+        merge(*call, "--resume")
+    (tmp_path / "O.partial" / "journal.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match="journal.jsonl is damaged; leave --resume out"):
         merge(*call, "--resume")
 
 

@@ -36,10 +36,13 @@ class Home:
 
 
 class Architecture:
-    """`model` on the meta device (None: no class of transformers); `homes` {stored tensor: Home} of what it loads."""
+    """`model` on the meta device (None: no class of transformers); `homes` {stored tensor: Home} of what it loads.
+
+    `unlike` {stored tensor: its shape, the model's} are those that config.json gives another shape.
+    """
 
     def __init__(self, base: Checkpoint, model: nn.Module | None):
-        self.model, self.homes = model, {}
+        self.model, self.homes, self.unlike = model, {}, {}
         self.vocabulary = {base.config.get(key) for key in ("vocab_size", "padded_vocab_size")}
         if model is None:
             self.homes = {name: Home(name) for name in base.entries}
@@ -56,6 +59,8 @@ class Architecture:
                 self.homes[name] = self._home(
                     parameter, pattern, apply_renamings(name, renamings), entry.shape, converters
                 )
+                if pattern is None and tuple(entry.shape) != tuple(state[parameter].shape):
+                    self.unlike[name] = (list(entry.shape), list(state[parameter].shape))
         kinds = {"Conv1D": Conv1D, "Embedding": nn.Embedding, "Linear": nn.Linear}
         self._kinds = {  # now, before PEFT wraps a module
             path: kind

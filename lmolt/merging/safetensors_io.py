@@ -287,7 +287,10 @@ class OutputFolder:
             if read_json(plan_file) != plan:
                 raise ValueError(f"{self.partial} was begun with other models or arguments; leave --resume out")
             lines = self.journal.read_text().splitlines(keepends=True) if self.journal.is_file() else []
-            self.done = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be cut off
+            try:
+                self.done = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be cut off
+            except ValueError:
+                raise ValueError(f"{self.journal} is damaged; leave --resume out to start anew") from None
             self.journal.write_text("".join(json.dumps(record) + "\n" for record in self.done))
             return
         shutil.rmtree(self.partial, ignore_errors=True)

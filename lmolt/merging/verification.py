@@ -197,6 +197,8 @@ def verify(
     for name, digest in lineage["outputs"].items():
         if content_hash(folder / name, remember=False) != digest:
             raise ValueError(f"{folder / name} is not what was written (its XXH3-128 differs); merge again")
+    if odd := Checkpoint(folder).files.keys() ^ lineage["outputs"].keys():
+        raise ValueError(f"{folder}: {sorted(odd)[0]} is not of the files that were written, or not read; merge again")
     merged, rounding = Checkpoint(folder), lineage["arguments"]["rounding"]
     allowed = 0.1 if rounding == "mergekit" else 0.001
     folded = bool(lineage["arguments"]["adapter"])
