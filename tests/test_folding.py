@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +226,17 @@ REFUSED_VALUES = {
 def test_every_field_is_decided_on():
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
     assert HARMLESS_VALUES.keys() | REFUSED_VALUES.keys() == fields
+
+
+def test_a_base_whose_config_gives_another_shape_is_refused(bases, tmp_path):
+    base = tmp_path / "stale"
+    shutil.copytree(bases("llama"), base)
+    folder = adapter("llama", base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 32}))
+    message = rf"weight is \[{config['vocab_size']}, .* config.json makes it \[{config['vocab_size'] + 32},"
+    with pytest.raises(ValueError, match=message):
+        fold(base, folder, "llama", tmp_path / "out")
 
 
 def change_config(folder: Path, **values) -> None:

@@ -108,7 +108,9 @@ def test_a_character_that_is_dropped_or_rewritten_is_counted_wherever_it_stands(
     # of triples: the dis-preferred output too, and two outputs that differ as texts only
     row = {"id": "a", "direction": MOL2CAP, "source": "CC", "chosen": "a lipid", "rejected": "a \ufb01ne lipid"}
     same = row | {"chosen": "The molecule is a lipid \ufb01", "rejected": "The molecule is a lipid fi"}
-    examples, dropped = encode_triples([row, same, row | {"rejected": "a lipid"}], tokenizer, 4000, "error")
+    examples, dropped = encode_triples(
+        [row, same, row | {"rejected": "a lipid"}], tokenizer, 4000, "error", style="bare"
+    )
     assert dropped == {
         "chosen equals rejected, as the tokenizer writes them (mol2cap)": 1,
         "chosen equals rejected (mol2cap)": 1,
