@@ -70,7 +70,8 @@ def parse_arguments(argv: list[str]) -> PreferenceArguments:
     recipe = apply_recipe(parser, argv, default)
     parse = lambda: parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     args, _, unknown = parse()
-    if args.use_cpu and args.bf16 and "--bf16" not in given and "bf16" not in recipe and bf16_is_slow():
+    undecided = args.use_cpu and args.bf16 and "--bf16" not in given and "bf16" not in recipe
+    if undecided and strategy.first_decides(bf16_is_slow):  # processors may differ from machine to machine
         parser.set_defaults(bf16=False)
         args, _, unknown = parse()
         loading.say("this processor has no fast bf16: training computes in fp32 (--bf16 true has it all the same)")

@@ -134,6 +134,33 @@ def test_a_cache_for_each_process_is_no_reason_to_wait(tmp_path, tiny_policy, fe
     assert [folder.name for folder in tmp_path.glob("cache?")] == ["cache0"]
 
 
+MIXED = """
+import os, sys
+sys.path.insert(0, ROOT)
+from lmolt.models import loading
+from scripts import train_pref
+loading.bf16_is_slow = train_pref.bf16_is_slow = lambda: os.environ["RANK"] == "1"
+bf16 = train_pref.parse_arguments(["--model", "m", "--triples", "t.jsonl", "--use_cpu", "true"]).bf16
+os.write(1, f"{bf16=}\\n".encode())
+train_pref.command()
+"""
+
+
+def test_processors_of_two_kinds_compute_alike_or_not_at_all(tmp_path, tiny_policy, few_triples):
+    """The first process decides about bf16; where --bf16 false leaves NF4's products to each, they would differ."""
+    write_triples(few_triples[:8], tmp_path / "triples.jsonl")
+    (tmp_path / "two.yaml").write_text(TWO)
+    (tmp_path / "mixed.py").write_text(MIXED.replace("ROOT", repr(str(ROOT))))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "two.yaml"]
+    command += ["--main_process_port", free_port(), tmp_path / "mixed.py", "--loss", "cpo", "--model", tiny_policy]
+    command += ["--triples", tmp_path / "triples.jsonl", "--bf16", "false", "--use_cpu", "true"]
+    command += ["--eval_fraction", "0", "--output_dir", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0
+    assert done.stdout.count("bf16=True") == 2
+    assert "NF4 computes in is torch.float32, and torch.bfloat16 in the first process: the machine" in done.stderr
+
+
 SHARE = """
 import os, sys
 from accelerate import PartialState

@@ -5,6 +5,7 @@ starts (`MAY_CHANGE`) is recorded with the step at which it did.
 """
 
 import json
+import socket
 from pathlib import Path
 
 from lmolt.files import content_hash, write_whole
@@ -55,6 +56,19 @@ def of_policy(model, accelerator) -> dict:
     precision = {"precision": accelerator.mixed_precision, "base's dtype": str(model.dtype)}
     computes = sorted({str(module.compute_dtype) for module in four_bit(model)})
     return _plain(lora | precision | {"NF4 computes in": ", ".join(computes) or "not quantised"})
+
+
+def unlike(first: dict, own: dict) -> str | None:
+    """What of this process's policy (`of_policy`) is not as the first process has it; None where all is."""
+    differing = [
+        f"{key} is {_short(own.get(key))}, and {_short(first[key])}" for key in first if own.get(key) != first[key]
+    ]
+    if not differing:
+        return None
+    return (
+        f"{'; '.join(differing)} in the first process: the machine {socket.gethostname()} is of another kind; --bf16 "
+        "true or false may say the same to both, or leave it out"
+    )
 
 
 def _plain(values: dict) -> dict:

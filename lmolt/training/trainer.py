@@ -109,7 +109,9 @@ class PreferenceTrainer(Trainer):
                 f"--bf16 and --fp16 ask for {ran!r}, and accelerate would run {self.accelerator.mixed_precision!r}; "
                 "look at the mixed precision in its configuration, or DeepSpeed's"
             )
-        self.fixed = (fixed or {}) | identity.of_policy(self.model, self.accelerator)
+        policy = identity.of_policy(self.model, self.accelerator)
+        strategy.all_agree(identity.unlike(strategy.first_decides(lambda: policy), policy))
+        self.fixed = (fixed or {}) | policy
         self.fixed["triples a step"] = self.pairs_per_step
         self.changeable, self.changes = changeable or {}, []
         self.chosen = {"attention": model.config._attn_implementation, "packing": args.packing}
