@@ -219,8 +219,8 @@ def content_hash(path: Path | str, *, remember: bool = True) -> str:
         name = xxhash.xxh3_128_hexdigest(f"{path.resolve()}\0{when}".encode(errors="surrogateescape"))
         with contextlib.suppress(OSError, ValueError):  # ValueError: no home directory
             known = cache_folder() / "hashes" / name
-            found = known.read_text(encoding="ascii")
-            if re.fullmatch(rf"{before.st_size}-[0-9a-f]{{32}}", found):
+            found, _, check = known.read_text(encoding="ascii").partition(" ")
+            if check == xxhash.xxh3_128_hexdigest((name + found).encode()):  # else damaged: read again
                 return found
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
@@ -229,7 +229,7 @@ def content_hash(path: Path | str, *, remember: bool = True) -> str:
         raise ValueError(f"{path}: was written to while it was read; let that end first")
     if known is not None and time.time_ns() - before.st_mtime_ns > 2e9:  # else the next write may have the same time
         with contextlib.suppress(OSError):  # a cache that can't be written to is none
-            write_whole(known, found)
+            write_whole(known, f"{found} {xxhash.xxh3_128_hexdigest((name + found).encode())}")
     return found
 
 

@@ -86,11 +86,16 @@ def test_content_hash_is_size_and_all_bytes(tmp_path):
     first = files.content_hash(file)
     assert first == f"9600000-{xxhash.xxh3_128_hexdigest(big)}"
     (known,) = (tmp_path / "cache" / "hashes").iterdir()
-    known.write_text("9600000-" + "0" * 32)  # which shows that it is taken from there
-    assert files.content_hash(file) == "9600000-" + "0" * 32
+    kept, other = known.read_text(), "9600000-" + "0" * 32
+    known.write_text(
+        f"{other} {xxhash.xxh3_128_hexdigest((known.name + other).encode())}"
+    )  # which shows that it is taken from there
+    assert files.content_hash(file) == other
     assert files.content_hash(file, remember=False) == first
-    known.write_text("cut")
-    assert files.content_hash(file) == first
+    damaged = [kept[:i] + ("0" if kept[i] != "0" else "1") + kept[i + 1 :] for i in (0, 8, 39, len(kept) - 1)]
+    for text in ("", "cut", first, *damaged):
+        known.write_text(text)
+        assert files.content_hash(file) == first and known.read_text() == kept
     with file.open("r+b") as stream:
         stream.write(b"x")
     os.utime(file, ns=(10**18, 10**18))  # same size, same time: the inode's own time tells
