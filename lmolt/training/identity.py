@@ -61,7 +61,9 @@ def of_policy(model, accelerator) -> dict:
 def unlike(first: dict, own: dict) -> str | None:
     """What of this process's policy (`of_policy`) is not as the first process has it; None where all is."""
     differing = [
-        f"{key} is {_short(own.get(key))}, and {_short(first[key])}" for key in first if own.get(key) != first[key]
+        f"{key} is {_short(own.get(key))}, and {_short(first.get(key))}"
+        for key in first | own
+        if own.get(key) != first.get(key)
     ]
     if not differing:
         return None
