@@ -35,20 +35,29 @@ from lmolt.merging import methods
 from lmolt.merging.agreement import check_checkpoints
 from lmolt.merging.beside import check_beside, files_to_copy, read_back
 from lmolt.merging.checkpoints import Checkpoint, find_folder, find_folders
-from lmolt.merging.provenance import known_base, plot, summarise, summarise_fold, table, warnings, write_lineage
+from lmolt.merging.provenance import (
+    check_recorded,
+    known_base,
+    plot,
+    summarise,
+    summarise_fold,
+    table,
+    warnings,
+    write_lineage,
+)
 from lmolt.merging.reading import read_inputs
 from lmolt.merging.safetensors_io import NAMES, OutputFolder, check_room, partial_folder, replaced_folder
-from lmolt.merging.settings import METHODS, Recipe, check_recipe, check_setting, read_mergekit
+from lmolt.merging.settings import METHODS, TAKES, Recipe, check_recipe, check_setting, read_mergekit
 from lmolt.recipes import Parser, apply_recipe, read_recipe
 
 SAVED = ("method", "models", "revision", "weights", "t", "weights_for", "base", "density", "density_for", "normalize")
 SAVED += ("lambda", "rounding", "seed", "dtype", "adapter", "fold_base")  # what merge.json repeats: what changes bytes
-TRIMMED = ("ties", "dare_ties")
+takes = lambda parameter: tuple(method for method in METHODS if parameter in TAKES[method])
 TAKEN_BY = {  # flags that mean something for these methods only; a fold, which has none, takes none of them
     **dict.fromkeys(("weights", "t", "weights_for", "rounding"), METHODS),
-    **dict.fromkeys(("density", "density_for"), TRIMMED),
-    "normalize": (*TRIMMED, "linear", "task_arithmetic"),
-    "lambda": (*TRIMMED, "task_arithmetic", "nuslerp"),
+    **dict.fromkeys(("density", "density_for"), takes("density")),
+    "normalize": takes("normalize"),
+    "lambda": (*takes("lambda"), "nuslerp"),
     "fold_base": (None,),
 }
 
@@ -67,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--density", nargs="+", type=float, help="ties: share of each delta kept (default 0.5)")
     add("--density_for", nargs="+", metavar="PATTERN=D,D", help="other densities for tensors whose name matches")
     add("--normalize", action="store_true", default=None, help="divide by the sum of (agreeing) weights")
-    add("--no_normalize", dest="normalize", action="store_false", help="don't (default: linear and ties do)")
+    add("--no_normalize", dest="normalize", action="store_false", default=None, help="don't (linear and ties do)")
     add("--lambda", type=float, default=1.0, help="with a base: factor of the merged delta (default 1)")
     add("--rounding", choices=["once", "mergekit", "stochastic"], default="once", help=ROUNDING)
     add("--seed", type=int, default=0, help="of dare_ties' mask and of stochastic rounding")
@@ -85,13 +94,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-DEFAULTS = dict.fromkeys(TAKEN_BY) | {"lambda": 1.0, "rounding": "once", "fold_base": "original"}
 ROUNDING = "mergekit: after every step, as mergekit 0.1.5; stochastic: up or down by seeded chance, right on average"
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
     """The flags, over a recipe of theirs or of mergekit's."""
     parser, layers = build_parser(), None
+    defaults = {flag: parser.get_default(flag) for flag in TAKEN_BY}  # before a recipe's
     finder = Parser(add_help=False)
     finder.add_argument("--recipe", type=Path)
     file = finder.parse_known_args(argv)[0].recipe
@@ -111,14 +120,14 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
         args.t = None
     args.layers = layers
     for flag, methods_of in TAKEN_BY.items():
-        if vars(args)[flag] != DEFAULTS[flag] and args.method not in methods_of and (args.method or args.adapter):
-            value = vars(args)[flag]
+        value = vars(args)[flag]
+        if value != defaults[flag] and args.method not in methods_of and (args.method or args.adapter):
             raise ValueError(f"--{flag} (here {value}) has no meaning for {args.method or 'a fold'}; leave it out")
     if vars(args)["lambda"] != 1 and not args.base:
         raise ValueError(
             f"--lambda (here {vars(args)['lambda']:g}) is of deltas from --base; give one, or leave it out"
         )
-    if args.method in TRIMMED and args.density is None:
+    if args.method in TAKEN_BY["density"] and args.density is None:
         args.density = [0.5]
     if args.plot and (args.adapter or not args.plot.absolute().parent.is_dir()):
         raise ValueError(
@@ -165,7 +174,8 @@ def resolve(args: argparse.Namespace) -> tuple[list[Checkpoint], Checkpoint | No
         if t is not None:
             t = t[0] if isinstance(t, list) and len(t) == 1 and not isinstance(t[0], dict) else t
             t = check_setting("--t", t)
-        density = (args.density or []) if args.method in TRIMMED else []  # an older merge.json's has one always
+        # an older merge.json has one for all methods
+        density = (args.density or []) if args.method in TAKEN_BY["density"] else []
         density = density * count if len(density) == 1 else density
         weights = with_patterns(args.weights or [], "--weights_for", args.weights_for)
         if args.weights_for and t is not None:
@@ -207,18 +217,6 @@ def check_output(args: argparse.Namespace, sources: list[Checkpoint]) -> None:
             raise ValueError(f"{args.output} holds no merge.json: not a merge, and not ours to overwrite; remove it")
     for folder in (args.output, partial_folder(args.output), replaced_folder(args.output)):
         ownership.check_free(folder, "merge", ["*"])
-
-
-def check_recorded(folder: Path, lineage: dict, named: dict[str, Checkpoint]) -> None:
-    """`ValueError` where a file of the merge, or one that it was made from, isn't what merge.json says."""
-    places = {folder / file: digest for key in ("outputs", "copied") for file, digest in lineage.get(key, {}).items()}
-    for key, digest in lineage.get("inputs", {}).items():
-        name, _, file = key.rpartition("/")
-        places[(named[name].folder if name in named else Path(name)) / file] = digest
-    for file, digest in places.items():
-        if not file.is_file() or content_hash(file, remember=folder not in file.parents) != digest:
-            was = "written" if folder in file.parents else f"merged into {folder}"
-            raise ValueError(f"{file} is not what was {was} (its XXH3-128 differs); merge again")
 
 
 def check_finished(args: argparse.Namespace, arguments: dict, named: dict[str, Checkpoint]) -> None:

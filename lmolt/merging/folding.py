@@ -89,10 +89,11 @@ class Adapter:
             if not torch.isfinite(self.tensors.get_tensor(key)).all():
                 raise ValueError(f"{self.file}: {key} holds NaN or infinity; take an earlier checkpoint")
         self.architecture = read_architecture(base, modules_of(self.file))
-        for name, (held, wanted) in self.architecture.unlike.items():
+        if unlike := self.architecture.unlike:
+            name, (held, wanted) = next(iter(unlike.items()))
             raise ValueError(
                 f"{base.folder}: {name} is {held} and config.json makes it {wanted}, so no loader takes the model "
-                f"({len(self.architecture.unlike)} such tensors); correct config.json (vocab_size?), or save it again"
+                f"({len(unlike)} such tensors); correct config.json (vocab_size?), or save it again"
             )
         self._find_changes(keys)
         self._check_whole(keys)

@@ -9,6 +9,7 @@ import numpy as np
 import yaml
 
 from lmolt.card import as_table, front_matter, usage
+from lmolt.files import content_hash
 from lmolt.merging.checkpoints import Checkpoint
 from lmolt.merging.methods import cosines, effective_weights
 
@@ -214,6 +215,24 @@ asked for. They are fitted on one stretch of 64K values in eight.
 Every tensor's figures are in `merge.json`.
 """
     )
+
+
+def check_recorded(folder: Path, lineage: dict, named: dict[str, Checkpoint]) -> None:
+    """`ValueError` where a file of the merge, or one that it was made from, isn't what merge.json says.
+
+    `named` {model as merge.json names it: its checkpoint}.
+    """
+    outputs, copied, inputs = (lineage.get(key, {}) for key in ("outputs", "copied", "inputs"))
+    if not all(isinstance(hashes, dict) for hashes in (outputs, copied, inputs)):
+        raise ValueError(f"{folder / 'merge.json'}: outputs, copied and inputs are no {{file: hash}}; merge again")
+    places = {folder / file: digest for file, digest in (outputs | copied).items()}
+    for key, digest in inputs.items():
+        name, _, file = key.rpartition("/")
+        places[(named[name].folder if name in named else Path(name)) / file] = digest
+    for file, digest in places.items():
+        if not file.is_file() or content_hash(file, remember=folder not in file.parents) != digest:
+            was = "written" if folder in file.parents else f"merged into {folder}"
+            raise ValueError(f"{file} is not what was {was} (its XXH3-128 differs); merge again")
 
 
 def plot(lineage: dict, file: Path) -> None:

@@ -9,7 +9,15 @@ import math
 import re
 from dataclasses import dataclass, field
 
-METHODS = ("ties", "slerp", "linear", "dare_ties", "task_arithmetic", "nuslerp")
+TAKES = {  # the methods, and of mergekit's parameters those that mean something for each
+    "ties": {"weight", "density", "normalize", "lambda", "rescale"},
+    "slerp": {"t"},
+    "linear": {"weight", "normalize"},
+    "dare_ties": {"weight", "density", "normalize", "lambda", "rescale"},
+    "task_arithmetic": {"weight", "normalize", "lambda"},
+    "nuslerp": {"weight", "nuslerp_flatten"},
+}
+METHODS = tuple(TAKES)
 ON_BASE = ("ties", "dare_ties", "task_arithmetic", "nuslerp")  # sums of deltas from a base
 NORMALIZED = ("linear", "ties")  # by default, as in mergekit 0.1.5
 Setting = float | list
@@ -172,10 +180,6 @@ def check_recipe(recipe: Recipe, names: list[str], count: int, base: bool) -> li
 
 # --- mergekit's YAML
 
-TRIMMED = {"weight", "density", "normalize", "lambda", "rescale"}
-TAKES = {"slerp": {"t"}, "linear": {"weight", "normalize"}, "nuslerp": {"weight", "nuslerp_flatten"}}
-TAKES |= {"task_arithmetic": {"weight", "normalize", "lambda"}}  # parameters by method; of the others: TRIMMED
-
 
 def read_mergekit(config: dict, file: object) -> tuple[dict, list[str]]:
     """merge.py's arguments for a configuration of mergekit, and notes; `ValueError` names a key without meaning here.
@@ -221,7 +225,7 @@ def read_mergekit(config: dict, file: object) -> tuple[dict, list[str]]:
                 notes.append(f"{base} is the base: its {', '.join(sorted(own))} do nothing")
             continue
         models.append(source["model"])
-        if idle := sorted(own.keys() & settings.keys() - TAKES.get(method, TRIMMED)):
+        if idle := sorted(own.keys() & settings.keys() - TAKES[method]):
             notes.append(f"{source['model']}: its {', '.join(idle)} does nothing in {method}")
         for key in settings:
             settings[key].append(own.pop(key, common.get(key)))
@@ -236,7 +240,7 @@ def read_mergekit(config: dict, file: object) -> tuple[dict, list[str]]:
     for value in [*common.values(), *settings["weight"], *settings["density"]]:
         if isinstance(value, list) and any(isinstance(case, dict) and "pattern" in case for case in value):
             raise ValueError(f"{file}: pattern is not supported; a filter is a part of a tensor's name")
-    allowed = TAKES.get(method, TRIMMED) | {"int8_mask"}
+    allowed = TAKES[method] | {"int8_mask"}
     if odd := sorted(common.keys() - allowed):
         raise ValueError(f"{file}: parameters: {odd[0]} has no meaning for {method} here")
     for key in ("normalize", "rescale", "nuslerp_flatten"):
