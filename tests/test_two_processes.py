@@ -204,3 +204,33 @@ def test_each_process_computes_its_share(case, said, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=120)
     assert sorted(done.stdout.splitlines()) == said, done.stderr[-2000:]
+
+
+OTHER = """
+import os, sys
+from accelerate import PartialState
+rank = PartialState(cpu=True).process_index
+from lmolt.generation.translate import load_translator, translate
+model, tokenizer = load_translator(sys.argv[2], dtype="float16" if rank and sys.argv[1] == "precision" else "float32")
+prompts = ["CC", "CO" if rank and sys.argv[1] == "prompts" else "CN"]
+try:
+    said = len(translate(model, tokenizer, prompts, max_new_tokens=2))
+except ValueError as error:
+    said = error
+os.write(1, f"{rank} {said}\\n".encode())
+PartialState().wait_for_everyone()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("case", ["prompts", "precision"])
+def test_what_is_shared_out_is_the_same_for_all(case, tmp_path, tiny_policy):
+    """Else half of the outputs would be another machine's, of another precision, or be missing in the end."""
+    (tmp_path / "two.yaml").write_text(TWO)
+    (tmp_path / "other.py").write_text(OTHER)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "two.yaml"]
+    command += ["--main_process_port", free_port(), tmp_path / "other.py", case, tiny_policy]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=120)
+    why = "process 1 has other prompts, another model or precision than the first; give all machines the same"
+    assert sorted(done.stdout.splitlines()) == [f"0 {why}", f"1 {why}"], done.stderr[-2000:]

@@ -157,6 +157,15 @@ def all_agree(wrong: str | None) -> None:
             raise ValueError(text + f" (process {rank})" * (state.num_processes > 1))
 
 
+def all_have(value: Any, otherwise: str) -> None:
+    """`ValueError` in all processes where one has another `value` (by its `repr`) than the first, said by `otherwise`."""
+    state, digest = PartialState(), xxh3_128_hexdigest(repr(value).encode())
+    seen = gather_object([digest]) if state.num_processes > 1 else [digest]
+    for rank, other in enumerate(seen):
+        if other != seen[0]:
+            raise ValueError(f"process {rank} {otherwise}")
+
+
 def shared_out(function: Callable[[Any], Any], rows: list) -> list:
     """[function(row) for row in rows] on all processes, each of which computes its share.
 
@@ -165,10 +174,7 @@ def shared_out(function: Callable[[Any], Any], rows: list) -> list:
     state = PartialState()
     if state.num_processes == 1:
         return list(map(function, rows))
-    seen = gather_object([xxh3_128_hexdigest(repr(rows).encode())])
-    if len(set(seen)) > 1:
-        other = next(rank for rank, digest in enumerate(seen) if digest != seen[0])
-        raise ValueError(f"process {other} reads other rows than the first; give all machines the same file")
+    all_have(rows, "reads other rows than the first; give all machines the same file")
     own, wrong = [], None
     try:
         own = [function(row) for row in rows[state.process_index :: state.num_processes]]

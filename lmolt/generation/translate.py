@@ -26,6 +26,7 @@ from accelerate.utils import gather_object, parse_flag_from_env
 from tqdm import tqdm
 
 from lmolt.distributed.heartbeat import HEARTBEAT
+from lmolt.distributed.strategy import all_have
 from lmolt.generation import routes
 from lmolt.generation.decoding import Settings, beam_search, decode, end_ids, generate, not_used, read_prefix
 from lmolt.generation.journal import Journal, read_journal
@@ -215,6 +216,10 @@ def translate(
         if key not in rows:
             rows[key] = _encode(model.config, tokenizer, prompt)
             streams[key] = f"{seed} {nth} {prompt}"
+    precision = str(model.dtype), str(getattr(model.config, "quantization_config", None))
+    all_have(
+        (keys, precision), "has other prompts, another model or precision than the first; give all machines the same"
+    )
     over = over_limit(model.config, tokenizer, prompts, max_new_tokens)
     if too_long == "error":
         refuse_over_limit(model.config, prompts, over, max_new_tokens)
