@@ -38,7 +38,7 @@ def train(folder: Path, job: list, processes: int, name: str | None = None, wrap
     command += ["--per_device_train_batch_size", 4 // processes, "--per_device_eval_batch_size", 4 // processes]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "DEVICE_MAPS": str(device_maps(folder))}
     return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240
+        list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment, timeout=900
     )
 
 
