@@ -213,6 +213,14 @@ def test_one_row(predictions):
     assert found["delta_len"]["n"] == 1
 
 
+def test_outputs_that_are_no_captions_are_counted():
+    odd = ["nan", "17", "['an alcohol', 'b']", "<pad> an alcohol</s>", "an alcohol", ""]
+    result, per_example = score("mol2cap", ["CCO"] * 6, ["an alcohol"] * 6, odd, n_bootstrap=20)
+    causes = ("missing_value", "number", "list", "special_token")
+    assert [result["counts"][f"{cause}_prediction"] for cause in causes] == [1] * 4
+    assert per_example["count_special_token_prediction"].tolist() == [0, 0, 0, 1, 0, 0]
+
+
 def test_users_mistakes():
     with pytest.raises(ValueError, match="'predictions': 0"):
         score("mol2cap", ["C"], ["a"], [])

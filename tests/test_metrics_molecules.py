@@ -260,6 +260,7 @@ def test_workers_tell_why_an_item_has_no_result(monkeypatch, tmp_path):
             ("N/A", "missing_value"),
             ("None", "missing_value"),
         ],
+        *[("<pad> CCO</s>", "special_token"), ("CCO[PAD]", "special_token"), ("CCO<|endoftext|>", "special_token")],
         *[("5", "number"), ("-1.5e3", "number"), ("['CCO', 'C']", "list"), ("CC>>CO", "reaction")],
         *[("C" * 5001, "overlong"), ("N", None), ("[O][O]", None), ("[2H][2H]", None), ("[Na+].[Cl-]", None)],
         *[("N->[Cu]", None), ("[NH3+][Pt-2]", None), (" CCO\n", None), ("*CC", None), ("[CH3][CH3]", None), ("", None)],

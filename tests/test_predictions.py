@@ -87,6 +87,13 @@ def test_other_encodings(tmp_path, encoding):
             "mol2cap",
             "'up' is not",
         ),
+        (
+            "o.jsonl",
+            '{"source": "a", "reference": "b", "prediction": "c"}\n{"source": "a", "prediction": "c"}',
+            "mol2cap",
+            "row 2: references count where each row has source and reference, and this one has not",
+        ),
+        ("o.csv", "id,reference,prediction\n1,C,C\n", "cap2mol", "row 1: references count where each row has source"),
     ],
 )
 def test_bad_files_name_file_line_value_and_remedy(tmp_path, name, data, direction, message):
@@ -104,6 +111,8 @@ def test_one_output_a_line_beside_pairs(tmp_path):
     assert counts == {"empty_prediction": 1}
     with pytest.raises(ValueError, match="3 lines but there are 2 pairs"):
         read_predictions(write(tmp_path / "o.txt", "CCO\n\nC\n"), "cap2mol", PAIRS)
+    with pytest.raises(ValueError, match="line 1: 'Prediction' is a header, and no output"):  # and an output is missing
+        read_predictions(write(tmp_path / "o.txt", "Prediction\nCCO\n"), "cap2mol", PAIRS)
     rows, counts = read_predictions(write(tmp_path / "o.txt", "\ufeffCCO\r\nC\r\n\r\n"), "cap2mol", PAIRS)
     assert [row["prediction"] for row in rows] == ["CCO", "C"] and counts == {"blank_line": 1}
 
@@ -251,6 +260,16 @@ def test_a_reference_that_is_no_caption_is_refused_or_left_out(tmp_path, referen
     assert usable(rows, "f.csv", "drop") == (rows[1:], rows[:1])
     with pytest.raises(ValueError, match="no caption is any of its 1 references"):
         usable(rows[:1], "f.csv", "drop")
+
+
+@pytest.mark.parametrize("reference", ["CCO ethanol", "[C][C][O]", "CC>>CO", "nan", "CCO\u200b"])
+def test_a_reference_that_is_no_plain_molecule_is_refused_or_left_out(reference):
+    """As in pairs: RDKit reads most of them, and BLEU and Levenshtein would be of the text around."""
+    keys = ("id", "direction", "source", "reference", "prediction")
+    rows = [dict(zip(keys, ("a", "cap2mol", "x", text, "C"), strict=True)) for text in (reference, "CCO")]
+    with pytest.raises(ValueError, match="f.csv id 'a': the reference is .*; .*--invalid_pairs drop"):
+        usable(rows, "f.csv", "error")
+    assert usable(rows, "f.csv", "drop") == (rows[1:], rows[:1])
 
 
 def test_without_references(tmp_path):

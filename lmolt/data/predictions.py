@@ -80,7 +80,13 @@ def read_predictions(
                     f"{path} {record.place}: {len(record.outputs)} outputs; one is scored: choose one a row, or give "
                     "the file to make_triples.py, which takes candidates"
                 )
-        if references and all(record.source is not None and record.reference is not None for record in records):
+        whole = [record.source is not None and record.reference is not None for record in records]
+        if references and any(record.reference is not None for record in records) and not all(whole):
+            raise ValueError(
+                f"{path} {records[whole.index(False)].place}: references count where each row has source and "
+                "reference, and this one has not; fill them in, or leave the column of references to --pairs"
+            )
+        if references and all(whole):
             rows = [
                 {
                     "id": str(number if record.id is None else record.id),
@@ -119,7 +125,7 @@ def read_predictions(
         raise ValueError(f"{path}: no {direction} row in it")
     if not references:
         rows = [row | {"reference": None} for row in rows]
-    elif pairs is not None and kind != "lines" and (kind == "reference table" or records[0].reference is not None):
+    elif pairs is not None and kind != "lines" and (kind == "reference table" or all(whole)):
         counts["references_of_file"] = len(rows)
         named = kind == "table" and records[0].id is not None
         counts += _unlike_pairs(rows, pairs, direction, "id" if named else "source")
@@ -278,17 +284,16 @@ def _by_id(path: Path, records: list[_Record], direction: str, pairs: list[dict]
 def usable(rows: list[dict], where: str | Path, invalid: str) -> tuple[list[dict], list[dict]]:
     """The rows of one direction whose reference is a molecule that RDKit reads, or a caption, and the others.
 
-    Where `invalid` is "error" there are no others: a caption that is none is a `ValueError`, and molecules are read
-    when they are scored. `ValueError` where no row is left.
+    Where `invalid` is "error" there are no others: a reference that is neither by its characters is a `ValueError`, and
+    molecules are read when they are scored. `ValueError` where no row is left.
     """
     distinct = list(dict.fromkeys(row["reference"] for row in rows))
-    if rows[0]["direction"] == MOL2CAP:
-        why = {text: not_a("caption", text) for text in distinct}
-    elif invalid == "drop":
-        found = zip(distinct, in_processes(features, distinct), strict=True)
-        why = {s: None if isinstance(f, Features) else ("no molecule", "") for s, f in found}
-    else:
-        return rows, []
+    kind = COLUMNS[rows[0]["direction"]][1]
+    why = {text: not_a(kind, text) for text in distinct}
+    if kind == "molecule" and invalid == "drop":
+        plain = [text for text in distinct if why[text] is None]
+        found = zip(plain, in_processes(features, plain), strict=True)
+        why |= {s: None if isinstance(f, Features) else ("no molecule", "") for s, f in found}
     kept = [row for row in rows if why[row["reference"]] is None]
     others = [row for row in rows if why[row["reference"]] is not None]
     if others and invalid == "error":
@@ -298,7 +303,7 @@ def usable(rows: list[dict], where: str | Path, invalid: str) -> tuple[list[dict
             "leave such rows out with --invalid_pairs drop"
         )
     if not kept:
-        none = "no caption is any" if rows[0]["direction"] == MOL2CAP else "RDKit reads none"
+        none = "no caption is any" if kind == "caption" else "RDKit reads none"
         raise ValueError(f"{where}: {none} of its {len(rows)} references, such as {rows[0]['reference']!r}")
     return kept, others
 
@@ -362,6 +367,8 @@ def _of_lines(path: Path, text: str, direction: str, counts: Counter, n: int | N
     """L+M-24's submissions, read as its scorers do: lines end at \\n alone, spaces around an output are left out.
     There must be `n` of them, where that is known."""
     lines = _lines(text)
+    if lines[0].strip().lower() in ("prediction", "predictions", "output", "outputs"):
+        raise ValueError(f"{path} line 1: {lines[0]!r} is a header, and no output; remove the line")
     if n is not None and len(lines) == n + 1 and not lines[-1].strip():
         lines, counts["blank_line"] = lines[:-1], 1
     if n is not None and len(lines) != n:

@@ -158,7 +158,7 @@ def all_agree(wrong: str | None) -> None:
 
 
 def all_have(value: Any, otherwise: str) -> None:
-    """`ValueError` in all processes where one has another `value` (by its `repr`) than the first, said by `otherwise`."""
+    """`ValueError` in all processes where one has another `value` (its `repr`) than the first, said by `otherwise`."""
     state, digest = PartialState(), xxh3_128_hexdigest(repr(value).encode())
     seen = gather_object([digest]) if state.num_processes > 1 else [digest]
     for rank, other in enumerate(seen):

@@ -9,6 +9,7 @@ import numpy as np
 from lmolt.files import known_as
 from lmolt.metrics import ngrams
 from lmolt.metrics.metric import NOT_COMPARABLE, Metric
+from lmolt.metrics.smiles import SPECIAL_TOKEN, oddity
 
 MAX_PIECES = 512  # the reference scripts truncate there, without special tokens
 _SPECIAL = ("[PAD]", "[CLS]", "[SEP]")  # and then drop these where they occur in the text itself
@@ -87,6 +88,16 @@ def _ids_of_folder(texts: list[str], name: str, max_pieces: int | None) -> tuple
         "input_ids"
     ]
     return ids, tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+
+
+def oddities(predictions: list[str]) -> dict[str, np.ndarray]:
+    """Columns `count_CAUSE`, `(n,)` each: which outputs are no caption, or have a tokenizer's special token in them."""
+    found = {
+        cause: [oddity(prediction) == cause for prediction in predictions]
+        for cause in ("missing_value", "number", "list")
+    }
+    found["special_token"] = [SPECIAL_TOKEN.search(prediction) is not None for prediction in predictions]
+    return {f"count_{cause}_prediction": np.array(its, float) for cause, its in found.items()}
 
 
 def bleu_columns(references: tuple, predictions: tuple) -> dict[str, np.ndarray]:

@@ -96,6 +96,7 @@ def score(
     if direction == MOL2CAP:
         settings |= {"pieces": caption.tokenizer_name(text_tokenizer), "nli_model": nli_model and known_as(nli_model)}
         per_example = hallucination.group_scores(sources, references, predictions, num_workers)
+        per_example |= caption.oddities(predictions)
         if references is not None:
             of_references, shuffled, absent = _captions(
                 references, predictions, text_tokenizer, nli_model, nltk_data, n_shuffles, seed

@@ -21,6 +21,7 @@ ODDITIES = {
     "missing_value": ("a missing value spelled out", "remove the row"),
     "number": ("a number", "name the column that holds the molecules"),
     "list": ("a list", "write one row for each molecule"),
+    "special_token": ("text with a tokenizer's special token in it", "remove the token"),
     "inchi": ("an InChI", "convert it (rdkit.Chem.MolFromInchi, MolToSmiles)"),
     "selfies": ("SELFIES", "convert it (selfies.decoder)"),
     "reaction": ("a reaction", "give one molecule a row"),
@@ -29,6 +30,8 @@ ODDITIES = {
     "non_ascii": ("a SMILES with a character outside ASCII", "remove the character; it may be invisible"),
     "overlong": (f"longer than {MAX_CHARACTERS:,} characters", "remove the row"),
 }
+# What decoding leaves where special tokens aren't skipped: T5's, BERT's, Llama's and GPT-2's; none is part of a SMILES.
+SPECIAL_TOKEN = re.compile(r"</?s>|<(pad|unk|eos|bos|mask)>|\[(PAD|UNK|CLS|SEP|MASK)\]|<\|[a-z_]+\|>", re.IGNORECASE)
 _BRACKETS = re.compile(r"(\[[^\[\]]*\]){2,}")
 _SELFIES = re.compile(r"\[[=#/\\-]*(?:C|N|O|S|P|F|B|Br|Cl|I|[A-Za-z]+expl|nop|epsilon)\]")
 _ONLY_SELFIES = re.compile(r"\[(?:[=#/\\-]*(?:Branch|Ring)[1-3]|[=#/\\][A-Z]|Branch[1-3]_[1-3]|Expl[^\]]*)")
@@ -51,6 +54,8 @@ def oddity(text: str) -> str | None:
         return "number"
     if text.startswith(("['", '["', "('", '("')):
         return "list"
+    if SPECIAL_TOKEN.search(text):
+        return "special_token"
     if re.match(r"inchi=", text, re.IGNORECASE):
         return "inchi"
     if len(text) > MAX_CHARACTERS:
