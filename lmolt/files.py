@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import select
@@ -201,6 +202,15 @@ def write_whole(path: Path | str, content: str | bytes | Callable[[BinaryIO], ob
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_cache(path: Path | str, content: str | bytes | Callable[[BinaryIO], object]) -> None:
+    """`write_whole` for what can be computed again: where it can't be written, a warning says so, and no more."""
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        why = "%s is not kept (%s); LMOLT_CACHE names another folder for what can be computed again"
+        logging.getLogger(__name__).warning(why, path, error.strerror)
 
 
 def content_hash(path: Path | str, *, remember: bool = True) -> str:

@@ -129,6 +129,8 @@ def test_no_step_beyond_max_steps(run, tmp_path):
     one, two = (load_file(f / "adapter_model.safetensors") for f in
                 (run[0] / "whole" / "checkpoint-3", tmp_path / "out"))  # fmt: skip
     assert all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(ValueError, match=r"checkpoint-3 has 3 steps behind it, over the 2 asked for \(--max_steps"):
+        resume(run, tmp_path / "fewer", step=3, max_steps=2)
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,23 @@ def test_official_scores_of_real_molecules(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3  # features, and ChemNet under two rules
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "bit", "no folder"])
+def test_a_damaged_cache_is_computed_again_and_one_that_can_not_be_written_is_none(damage, tmp_path, caplog):
+    where = "/dev/null/none" if damage == "no folder" else tmp_path
+    wanted = score("cap2mol", [""] * 6, REFERENCES, PREDICTIONS, fcd=False, cache_dir=where)
+    if damage == "no folder":
+        assert "is not kept (Not a directory); LMOLT_CACHE names another folder" in caplog.text
+        return
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    damaged = {"cut": whole[:middle], "bit": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]}
+    file.write_bytes(damaged.get(damage, b""))
+    again = score("cap2mol", [""] * 6, REFERENCES, PREDICTIONS, fcd=False, cache_dir=where)
+    assert f"{file} is damaged" in caplog.text and file.read_bytes() == whole
+    assert again[0] == wanted[0]
+
+
 def test_small_set_by_hand():
     result, per_example = score("cap2mol", [""] * 6, REFERENCES, PREDICTIONS, fcd=False)
     found = result["metrics"]

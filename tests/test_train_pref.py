@@ -228,9 +228,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_policy, triples_
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize(("size", "kept"), [("800k", "checkpoint-4"), ("1100k", "checkpoint-6")])
+@pytest.mark.parametrize(("size", "kept"), [("200k", None), ("800k", "checkpoint-4"), ("1100k", "checkpoint-6")])
 def test_a_full_disk_is_named_and_the_run_goes_on_with_room(size, kept, tmp_path, tiny_policy, triples_file):
-    """In a checkpoint, and in the finished adapter."""
+    """In the first checkpoint, in a later one, and in the finished adapter."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "lmolt", str(disk)]
@@ -244,7 +244,8 @@ def test_a_full_disk_is_named_and_the_run_goes_on_with_room(size, kept, tmp_path
         with pytest.raises(OSError, match="No space left on device; make room there, and --resume_from_chec") as full:
             train(disk / "out")
         assert full.value.filename == str(disk / "out")
-        assert last_good_checkpoint(disk / "out").name == kept
+        good = last_good_checkpoint(disk / "out")
+        assert (good and good.name) == kept
         subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
         train(disk / "out", "--resume_from_checkpoint", "true")
         train(tmp_path / "whole")
@@ -260,12 +261,16 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "adapter_model.safetensors").write_bytes(b"x" * 100)
+        (folder / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
         if step != 6:
             write_manifest(folder)
     assert what_is_wrong(tmp_path / "checkpoint-6") == "its saving was interrupted (no manifest.json)"
     (tmp_path / "checkpoint-4" / "adapter_model.safetensors").write_bytes(b"x" * 50)
     assert last_good_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert "50 bytes instead of 100" in caplog.text
+    (tmp_path / "checkpoint-2").rename(tmp_path / "checkpoint-9")
+    assert what_is_wrong(tmp_path / "checkpoint-9") == "it is of step 2, and was renamed"
+    (tmp_path / "checkpoint-9").rename(tmp_path / "checkpoint-2")
     manifest = tmp_path / "checkpoint-2" / "manifest.json"
     sealed = manifest.read_text()
     for damaged in (sealed[:-1], "[1]", '{"a": 7}', '{"a": ["x", "y"]}', "\0" * 20):
@@ -274,6 +279,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     manifest.write_text(sealed)
     (tmp_path / "checkpoint-2" / "adapter_model.safetensors").unlink()
     assert last_good_checkpoint(tmp_path) is None
+    assert caplog.messages[-1] == f"{tmp_path} holds no checkpoint that can be resumed from: training starts anew"
 
 
 def test_training_needs_neither_rdkit_nor_matplotlib():

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from lmolt.metrics.metric import Metric
-from lmolt.metrics.molecule import save_whole
+from lmolt.metrics.molecule import load_whole, save_whole
 
 _OF = "valid predictions, canonical SMILES, RDKit {rdkit}"
 METRICS = (
@@ -125,9 +125,8 @@ def gaussian(smiles: list[str], convention: str, cache_dir=None) -> tuple[np.nda
     if cache_dir is not None:
         content = hashlib.sha256("\n".join([convention, *smiles]).encode()).hexdigest()[:32]
         path = Path(cache_dir) / f"chemnet-{content}.npz"
-        if path.is_file():
-            with np.load(path) as stored:  # allow_pickle is off
-                return stored["mean"], stored["covariance"]
+        if stored := load_whole(path):
+            return stored["mean"], stored["covariance"]
     acts = activations(smiles, convention)
     mean, covariance = acts.mean(0), np.cov(acts.T)
     if path is not None:

@@ -6,6 +6,9 @@ strings.
 """
 
 import hashlib
+import logging
+import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -16,13 +19,14 @@ from rdkit import Chem, DataStructs
 from rdkit.Chem import MACCSkeys, rdFingerprintGenerator, rdMolDescriptors
 from rdkit.Chem.Scaffolds import MurckoScaffold
 
-from lmolt.files import write_whole
+from lmolt.files import write_cache
 from lmolt.metrics.caption import BLEU_COLUMNS, bleu_of_sums
 from lmolt.metrics.metric import Metric
 from lmolt.metrics.ngrams import flatten
 from lmolt.metrics.smiles import MAX_CHARACTERS, ODDITIES, canonical, dummy_of, oddity, parse
 from lmolt.metrics.workers import SECONDS, Unfinished, in_processes
 
+logger = logging.getLogger(__name__)
 _RDK = rdFingerprintGenerator.GetRDKitFPGenerator()  # Chem.RDKFingerprint's, made once
 _MORGAN = rdFingerprintGenerator.GetMorganGenerator(radius=2)
 _KINDS = {"maccs": "MACCS keys", "rdk": "RDKit path fingerprint", "morgan": "Morgan radius 2, sparse counts"}
@@ -228,9 +232,8 @@ def _cached_features(references: list[str], cache_dir, num_workers) -> dict[str,
     """Features of distinct SMILES that are molecules, kept in `cache_dir` by content."""
     content = hashlib.sha256("\n".join([rdkit.__version__, *Features._fields, *references]).encode()).hexdigest()[:32]
     path = Path(cache_dir) / f"features-{content}.npz"
-    if path.is_file():
-        with np.load(path) as stored:  # allow_pickle is off
-            parts = [np.split(stored[f"data{k}"], np.cumsum(stored[f"length{k}"])[:-1]) for k in range(6)]
+    if stored := load_whole(path):
+        parts = [np.split(stored[f"data{k}"], np.cumsum(stored[f"length{k}"])[:-1]) for k in range(6)]
         text, bits, counts = bytes.decode, DataStructs.ExplicitBitVect, DataStructs.ULongSparseIntVect
         kinds = text, text, text, bits, bits, counts
         rows = zip(*([kind(p.tobytes()) for p in part] for kind, part in zip(kinds, parts, strict=True)), strict=True)
@@ -244,8 +247,20 @@ def _cached_features(references: list[str], cache_dir, num_workers) -> dict[str,
 
 
 def save_whole(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """An .npz that appears complete or not at all."""
-    write_whole(path, lambda file: np.savez(file, **arrays))
+    """A cached .npz that appears complete or not at all."""
+    write_cache(path, lambda file: np.savez(file, **arrays))
+
+
+def load_whole(path: Path) -> dict[str, np.ndarray] | None:
+    """What `save_whole` saved; None where there is nothing or, with a warning, where it is damaged."""
+    try:
+        with np.load(path) as stored:  # allow_pickle is off; each array has a checksum in the archive
+            return dict(stored)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        logger.warning("%s is damaged (%s): computed again", path, " ".join(str(error).split()))
+        return None
 
 
 def levenshtein(references: list[str], predictions: list[str]) -> np.ndarray:

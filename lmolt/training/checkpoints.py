@@ -11,8 +11,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from lmolt.distributed import strategy
 from lmolt.files import read_json, sha256_file, write_whole
 
@@ -43,7 +41,18 @@ def what_is_wrong(checkpoint: Path) -> str | None:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
         if sha256_file(file) != digest:
             return f"{name} has changed since it was saved"
+    try:
+        held = step_of(checkpoint)
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its trainer_state.json says no step"
+    if re.fullmatch(r"checkpoint-\d+", checkpoint.name) and checkpoint.name != f"checkpoint-{held}":
+        return f"it is of step {held}, and was renamed"
     return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many optimizer steps a whole checkpoint has behind it, whatever its folder is called."""
+    return int(read_json(checkpoint / "trainer_state.json")["global_step"])
 
 
 def check_seen_alike(checkpoint: Path, patience: float = 30.0) -> None:
@@ -71,11 +80,12 @@ def check_seen_alike(checkpoint: Path, patience: float = 30.0) -> None:
 def full_disk_is_named(folder: Path):
     """Where a disk that is full stops what is done inside, an `OSError` says so and names `folder`.
 
-    torch and safetensors have errors of their own for that, without the folder, and some without the cause.
+    torch, safetensors and tokenizers (`Exception` itself) have errors of their own for that, without the folder, and
+    some without the cause. What is raised otherwise passes.
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         try:
             with tempfile.TemporaryFile(dir=folder) as probe:
                 probe.write(bytes(1 << 20))
@@ -129,4 +139,6 @@ def last_good_checkpoint(output_dir: Path) -> Path | None:
         if wrong is None:
             return checkpoint
         logger.warning("%s can't be resumed from: %s; trying the one before", checkpoint, wrong)
+    if checkpoints(output_dir):
+        logger.warning("%s holds no checkpoint that can be resumed from: training starts anew", output_dir)
     return None

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from lmolt.files import cache_folder, write_whole
+from lmolt.files import cache_folder, write_cache
 from lmolt.models.tree import padded_logps
 from lmolt.training.batches import Example, tree_costs
 
@@ -121,13 +121,13 @@ def log_probabilities(trainer, examples: list[Example], identity: dict) -> tuple
                 )
             checked = True
         if first and time.monotonic() > saved + SAVE_EVERY:
-            write_whole(path, as_file(logps))
+            write_cache(path, as_file(logps))
             saved = time.monotonic()
     if logps.isnan().any() or logps.isinf().any():
         row = int((~logps.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"triple {examples[row].id!r} has a log-probability that isn't finite under the reference")
     if first:
-        write_whole(path, as_file(logps))
+        write_cache(path, as_file(logps))
     return logps, "computed" if len(lacking) == len(examples) else f"cached, {len(lacking)} of them computed"
 
 

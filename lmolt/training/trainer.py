@@ -322,8 +322,7 @@ class PreferenceTrainer(Trainer):
                 raise ValueError(
                     f"{checkpoint} was trained with {name} {value}, which doesn't run here ({self.chosen[name]} does)"
                 )
-        step = int(checkpoint.name.split("-")[-1]) if checkpoint.name.startswith("checkpoint-") else 0
-        self.changes = identity.changes_since(record, self.changeable, step)
+        self.changes = identity.changes_since(record, self.changeable, checkpoints.step_of(checkpoint))
         if self.args.load_best_model_at_end:
             self.best_before = checkpoints.best_so_far(checkpoint, Path(self.args.output_dir))
 
@@ -331,7 +330,12 @@ class PreferenceTrainer(Trainer):
         begun, skipped = super()._init_training_state(max_steps, steps_an_epoch, epochs, resume_from_checkpoint, trial)
         if resume_from_checkpoint is not None:
             self.state.best_model_checkpoint = self.best_before and str(self.best_before)  # not where it once was
-            if self.state.global_step >= max_steps:
+            if self.state.global_step > max_steps:
+                raise ValueError(
+                    f"{resume_from_checkpoint} has {self.state.global_step} steps behind it, over the {max_steps} "
+                    "asked for (--max_steps, --num_train_epochs); start anew in another --output_dir"
+                )
+            if self.state.global_step == max_steps:
                 begun, skipped = epochs, 0  # all steps are done
         return begun, skipped
 
