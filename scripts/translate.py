@@ -75,6 +75,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.system and args.adapter:
         parser.error("--system has adapters of its own; give --model with --adapter")
+    if args.texts == ["-"]:  # as --input has it
+        args.texts, args.input = [], args.input or "-"
     if args.serve and (args.input or args.texts or args.output):
         parser.error("--serve takes its inputs from the page: give none, and no --output")
     if not args.serve and (args.pairs or args.port):

@@ -108,9 +108,10 @@ def test_what_is_printed(t5, capsys, monkeypatch):
     first, second = shown.out.splitlines()
     assert first.startswith("1\t1\t") and second == f"2\t-\t{'':9}\t(RDKit can't read this molecule)"
     assert "1 translated" in shown.err
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"CCO\n\nCC\n")))
-    run("--model", t5)
-    assert [line[:4] for line in capsys.readouterr().out.splitlines()] == ["1\t1\t", "2\t-\t", "3\t1\t"]
+    for dash in ((), ("-",), ("--input", "-")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"CCO\n\nCC\n")))
+        run(*dash, "--model", t5)
+        assert [line[:4] for line in capsys.readouterr().out.splitlines()] == ["1\t1\t", "2\t-\t", "3\t1\t"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"CCO\n\xff\n")))
     with pytest.raises(ValueError, match="standard input line 2: byte 0xff is not UTF-8"):
         run("--model", t5)
