@@ -94,6 +94,7 @@ def test_all_resume_the_same_checkpoint_or_none(second, tmp_path):
         checkpoint = tmp_path / name / "checkpoint-3"
         checkpoint.mkdir(parents=True)
         (checkpoint / "weights").write_text(content)
+        (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
         if name == "a" or second != "none":
             checkpoints.write_manifest(checkpoint)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "two.yaml"]
