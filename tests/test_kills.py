@@ -134,11 +134,16 @@ def commands(folder: Path, policy: Path) -> dict[str, tuple[list, str]]:
             [*script("evaluate"), "--model", policy, "--pairs", "pairs.csv", "--max_new_tokens", 48,
              "--tokens_per_batch", 400, "--n_bootstrap", 200, "--no_fcd", "--output", "out"], [],
         ),
+        "translate": (
+            [*script("translate"), "--model", policy, "--input", "pairs.csv", "--column", "molecule", "--direction",
+             "mol2cap", "--max_new_tokens", 48, "--tokens_per_batch", 400, "--num_candidates", 2, "--temperature", 1.2,
+             "--output", "out/captions.csv"], [],
+        ),
     }  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["make_triples", "train_pref", "merge", "evaluate"])
+@pytest.mark.parametrize("name", ["make_triples", "train_pref", "merge", "evaluate", "translate"])
 def test_a_script_killed_at_random_moments(name, tiny_policy, tmp_path, capsys):
     command, again = commands(tmp_path, tiny_policy)[name]
     log, out, whole = tmp_path / "log", tmp_path / "out", tmp_path / "whole"
