@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lmolt.metrics.cache import load_arrays, save_arrays
 from lmolt.metrics.metric import Metric
-from lmolt.metrics.molecule import load_whole, save_whole
 
 _OF = "valid predictions, canonical SMILES, RDKit {rdkit}"
 METRICS = (
@@ -125,12 +125,12 @@ def gaussian(smiles: list[str], convention: str, cache_dir=None) -> tuple[np.nda
     if cache_dir is not None:
         content = hashlib.sha256("\n".join([convention, *smiles]).encode()).hexdigest()[:32]
         path = Path(cache_dir) / f"chemnet-{content}.npz"
-        if stored := load_whole(path):
+        if stored := load_arrays(path):
             return stored["mean"], stored["covariance"]
     acts = activations(smiles, convention)
     mean, covariance = acts.mean(0), np.cov(acts.T)
     if path is not None:
-        save_whole(path, {"mean": mean, "covariance": covariance})
+        save_arrays(path, {"mean": mean, "covariance": covariance})
     return mean, covariance
 
 

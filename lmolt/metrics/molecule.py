@@ -6,9 +6,6 @@ strings.
 """
 
 import hashlib
-import logging
-import zipfile
-import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -19,14 +16,13 @@ from rdkit import Chem, DataStructs
 from rdkit.Chem import MACCSkeys, rdFingerprintGenerator, rdMolDescriptors
 from rdkit.Chem.Scaffolds import MurckoScaffold
 
-from lmolt.files import write_cache
+from lmolt.metrics.cache import load_arrays, save_arrays
 from lmolt.metrics.caption import BLEU_COLUMNS, bleu_of_sums
 from lmolt.metrics.metric import Metric
 from lmolt.metrics.ngrams import flatten
 from lmolt.metrics.smiles import MAX_CHARACTERS, ODDITIES, canonical, dummy_of, oddity, parse
 from lmolt.metrics.workers import SECONDS, Unfinished, in_processes
 
-logger = logging.getLogger(__name__)
 _RDK = rdFingerprintGenerator.GetRDKitFPGenerator()  # Chem.RDKFingerprint's, made once
 _MORGAN = rdFingerprintGenerator.GetMorganGenerator(radius=2)
 _KINDS = {"maccs": "MACCS keys", "rdk": "RDKit path fingerprint", "morgan": "Morgan radius 2, sparse counts"}
@@ -232,7 +228,7 @@ def _cached_features(references: list[str], cache_dir, num_workers) -> dict[str,
     """Features of distinct SMILES that are molecules, kept in `cache_dir` by content."""
     content = hashlib.sha256("\n".join([rdkit.__version__, *Features._fields, *references]).encode()).hexdigest()[:32]
     path = Path(cache_dir) / f"features-{content}.npz"
-    if stored := load_whole(path):
+    if stored := load_arrays(path):
         parts = [np.split(stored[f"data{k}"], np.cumsum(stored[f"length{k}"])[:-1]) for k in range(6)]
         text, bits, counts = bytes.decode, DataStructs.ExplicitBitVect, DataStructs.ULongSparseIntVect
         kinds = text, text, text, bits, bits, counts
@@ -242,25 +238,8 @@ def _cached_features(references: list[str], cache_dir, num_workers) -> dict[str,
     if all(isinstance(f, Features) for f in found.values()):  # else `compare` names the one that is no molecule
         rows = [[*(text.encode() for text in f[:3]), *(vector.ToBinary() for vector in f[3:])] for f in found.values()]
         arrays = {f"data{k}": np.frombuffer(b"".join(row[k] for row in rows), np.uint8) for k in range(6)}
-        save_whole(path, arrays | {f"length{k}": np.array([len(row[k]) for row in rows]) for k in range(6)})
+        save_arrays(path, arrays | {f"length{k}": np.array([len(row[k]) for row in rows]) for k in range(6)})
     return {s: f for s, f in found.items() if isinstance(f, Features)}
-
-
-def save_whole(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """A cached .npz that appears complete or not at all."""
-    write_cache(path, lambda file: np.savez(file, **arrays))
-
-
-def load_whole(path: Path) -> dict[str, np.ndarray] | None:
-    """What `save_whole` saved; None where there is nothing or, with a warning, where it is damaged."""
-    try:
-        with np.load(path) as stored:  # allow_pickle is off; each array has a checksum in the archive
-            return dict(stored)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        logger.warning("%s is damaged (%s): computed again", path, " ".join(str(error).split()))
-        return None
 
 
 def levenshtein(references: list[str], predictions: list[str]) -> np.ndarray:
