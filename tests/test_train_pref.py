@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from lmolt import ownership
 from lmolt.data.triples import write_triples
 from lmolt.files import write_table
-from lmolt.training.checkpoints import last_good_checkpoint, what_is_wrong, write_manifest
+from lmolt.training import checkpoints
+from lmolt.training.checkpoints import full_disk_is_named, last_good_checkpoint, what_is_wrong, write_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 script = load_script("train_pref")
@@ -254,6 +255,17 @@ def test_a_full_disk_is_named_and_the_run_goes_on_with_room(size, kept, tmp_path
     finally:
         ownership.release()
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_is_not_taken_for_a_users_mistake(tmp_path, monkeypatch):
+    full = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    for error, shown in (
+        (ValueError("bf16 is no number"), "bf16 is no number"),
+        (Exception("os error 28"), "make room"),
+    ):
+        with pytest.raises(type(error) if shown != "make room" else OSError, match=shown), full_disk_is_named(tmp_path):
+            raise error
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):

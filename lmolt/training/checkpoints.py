@@ -11,6 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lmolt.distributed import strategy
 from lmolt.files import read_json, sha256_file, write_whole
 
@@ -80,12 +82,14 @@ def check_seen_alike(checkpoint: Path, patience: float = 30.0) -> None:
 def full_disk_is_named(folder: Path):
     """Where a disk that is full stops what is done inside, an `OSError` says so and names `folder`.
 
-    torch, safetensors and tokenizers (`Exception` itself) have errors of their own for that, without the folder, and
-    some without the cause. What is raised otherwise passes.
+    torch, safetensors and tokenizers have errors of their own for that, without the folder, and some without the cause.
+    Others, such as a `ValueError` about what the user gave, pass as they are.
     """
     try:
         yield
     except Exception as error:
+        if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
+            raise  # tokenizers' Rust raises Exception itself
         try:
             with tempfile.TemporaryFile(dir=folder) as probe:
                 probe.write(bytes(1 << 20))
