@@ -277,6 +277,8 @@ def test_workers_tell_why_an_item_has_no_result(monkeypatch, tmp_path):
             ("N/A", "missing_value"),
             ("None", "missing_value"),
         ],
+        *[("CCO<extra_id_0>", "special_token"), ("CCO<end_of_turn>", "special_token"), ("<0x0A>CCO", "special_token")],
+        *[("CCO<｜end▁of▁sentence｜>", "special_token"), ("[INST]CCO", "special_token"), ("N->[Cu]<-N", None)],
         *[("<pad> CCO</s>", "special_token"), ("CCO[PAD]", "special_token"), ("CCO<|endoftext|>", "special_token")],
         *[("5", "number"), ("-1.5e3", "number"), ("['CCO', 'C']", "list"), ("CC>>CO", "reaction")],
         *[("C" * 5001, "overlong"), ("N", None), ("[O][O]", None), ("[2H][2H]", None), ("[Na+].[Cl-]", None)],

@@ -111,8 +111,9 @@ def test_one_output_a_line_beside_pairs(tmp_path):
     assert counts == {"empty_prediction": 1}
     with pytest.raises(ValueError, match="3 lines but there are 2 pairs"):
         read_predictions(write(tmp_path / "o.txt", "CCO\n\nC\n"), "cap2mol", PAIRS)
-    with pytest.raises(ValueError, match="line 1: 'Prediction' is a header, and no output"):  # and an output is missing
-        read_predictions(write(tmp_path / "o.txt", "Prediction\nCCO\n"), "cap2mol", PAIRS)
+    for header in ("Prediction", "SMILES", "molecule"):  # and an output is missing
+        with pytest.raises(ValueError, match=f"line 1: '{header}' is a header, and no output"):
+            read_predictions(write(tmp_path / "o.txt", f"{header}\nCCO\n"), "cap2mol", PAIRS)
     rows, counts = read_predictions(write(tmp_path / "o.txt", "\ufeffCCO\r\nC\r\n\r\n"), "cap2mol", PAIRS)
     assert [row["prediction"] for row in rows] == ["CCO", "C"] and counts == {"blank_line": 1}
 
@@ -270,6 +271,8 @@ def test_a_reference_that_is_no_plain_molecule_is_refused_or_left_out(reference)
     with pytest.raises(ValueError, match="f.csv id 'a': the reference is .*; .*--invalid_pairs drop"):
         usable(rows, "f.csv", "error")
     assert usable(rows, "f.csv", "drop") == (rows[1:], rows[:1])
+    with pytest.raises(ValueError, match="RDKit reads none of its 1 references"):
+        usable(rows[:1], "f.csv", "drop")
 
 
 def test_without_references(tmp_path):

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from lmolt.data.pairs import not_a
+from lmolt.data.pairs import NAMES, not_a
 from lmolt.files import read_table, read_text, table_suffix
 from lmolt.metrics.molecule import Features, features
 from lmolt.metrics.workers import in_processes
@@ -24,6 +24,14 @@ from lmolt.prompts import CAP2MOL, COLUMNS, DIRECTIONS, MOL2CAP
 HEADERS = {
     MOL2CAP: ("SMILES", "ground truth", "output"),
     CAP2MOL: ("description", "ground truth", "output"),
+}
+# What a line that holds one of these, and nothing else, is: no output, and each one after it is another pair's.
+_HEADERS_OF_LINES = {
+    "prediction",
+    "predictions",
+    "output",
+    "outputs",
+    *map(str.lower, NAMES["molecule"] + NAMES["caption"]),
 }
 
 
@@ -367,7 +375,7 @@ def _of_lines(path: Path, text: str, direction: str, counts: Counter, n: int | N
     """L+M-24's submissions, read as its scorers do: lines end at \\n alone, spaces around an output are left out.
     There must be `n` of them, where that is known."""
     lines = _lines(text)
-    if lines[0].strip().lower() in ("prediction", "predictions", "output", "outputs"):
+    if lines[0].strip().lower() in _HEADERS_OF_LINES:
         raise ValueError(f"{path} line 1: {lines[0]!r} is a header, and no output; remove the line")
     if n is not None and len(lines) == n + 1 and not lines[-1].strip():
         lines, counts["blank_line"] = lines[:-1], 1

@@ -30,8 +30,13 @@ ODDITIES = {
     "non_ascii": ("a SMILES with a character outside ASCII", "remove the character; it may be invisible"),
     "overlong": (f"longer than {MAX_CHARACTERS:,} characters", "remove the row"),
 }
-# What decoding leaves where special tokens aren't skipped: T5's, BERT's, Llama's and GPT-2's; none is part of a SMILES.
-SPECIAL_TOKEN = re.compile(r"</?s>|<(pad|unk|eos|bos|mask)>|\[(PAD|UNK|CLS|SEP|MASK)\]|<\|[a-z_]+\|>", re.IGNORECASE)
+# What decoding leaves where special tokens aren't skipped: T5's, BERT's, Llama's, Gemma's, GPT-2's and those of chat
+# templates, bytes without a character; none is part of a SMILES.
+SPECIAL_TOKEN = re.compile(
+    r"</?s>|<(pad|unk|eos|bos|mask|sep|cls|extra_id_\d+|(start|end)_of_turn|0x[0-9a-f]{2})>|<[|｜][^<>\s]{1,40}[|｜]>"
+    r"|\[(PAD|UNK|CLS|SEP|MASK|BOS|EOS|/?INST)\]",
+    re.IGNORECASE,
+)
 _BRACKETS = re.compile(r"(\[[^\[\]]*\]){2,}")
 _SELFIES = re.compile(r"\[[=#/\\-]*(?:C|N|O|S|P|F|B|Br|Cl|I|[A-Za-z]+expl|nop|epsilon)\]")
 _ONLY_SELFIES = re.compile(r"\[(?:[=#/\\-]*(?:Branch|Ring)[1-3]|[=#/\\][A-Z]|Branch[1-3]_[1-3]|Expl[^\]]*)")
