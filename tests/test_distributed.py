@@ -38,7 +38,7 @@ def train(folder: Path, job: list, processes: int, name: str | None = None, wrap
     command += ["--per_device_train_batch_size", 4 // processes, "--per_device_eval_batch_size", 4 // processes]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "DEVICE_MAPS": str(device_maps(folder))}
     return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment, timeout=900
+        list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240
     )
 
 
@@ -93,6 +93,14 @@ def job(tmp_path_factory, tiny_policy, few_triples) -> list:
     arguments = ["--loss", "cpo", "--model", tiny_policy, "--triples", triples, "--eval_triples", triples]
     arguments += ["--num_train_epochs", 2, "--gradient_accumulation_steps", 1, "--learning_rate", "1e-3"]
     return arguments + ["--lora_r", 8, "--lora_dropout", 0, "--load_best_model_at_end", "false"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """What DeepSpeed compiles at a machine's first start: minutes, of which a run's own limit knows nothing."""
+    code = "from deepspeed.ops.op_builder import cpu; cpu.ShareMemCommBuilder().load(); cpu.CPUAdamBuilder().load()"
+    command, environment = [sys.executable, "-c", code], os.environ | {"DS_ACCELERATOR": "cpu"}
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=900)
 
 
 @pytest.fixture(scope="module")
