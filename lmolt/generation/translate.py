@@ -216,6 +216,7 @@ def translate(
         if key not in rows:
             rows[key] = _encode(model.config, tokenizer, prompt)
             streams[key] = f"{seed} {nth} {prompt}"
+    # Of the weights a key tells only where there is a journal: to hash them costs a copy from the GPU.
     precision = str(model.dtype), str(getattr(model.config, "quantization_config", None))
     all_have(
         (keys, precision), "has other prompts, another model or precision than the first; give all machines the same"
