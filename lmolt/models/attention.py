@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lmolt.models.flex import flex
-from lmolt.models.tiles import TILE, Rows, Tiles
+from lmolt.models.tiles import TILE, Rows, Tiles, gathered_again
 
 TREE = "lmolt_tree"
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -96,7 +96,8 @@ def tree_attention(module, query, key, value, attention_mask, tree_blocks: Tiles
     index = tree_blocks.index
     rows = lambda x: x[0].transpose(0, 1).flatten(1)  # (T, heads x head size)
     queries = Rows.apply(rows(query), index["query"], index["place"], index["place_from"])
-    keys, values = (Rows.apply(rows(x), index["key"], index["key_order"], index["key_from"]) for x in (key, value))
+    of_keys = [rows(key), rows(value)]
+    keys, values = (Rows.apply(x, index["key"], index["key_order"], index["key_from"]) for x in of_keys)
     per_call = lambda x, sizes: x.split(sizes) if len(sizes) > 1 else [x]
     slots = [tiles * TILE for tiles, _ in tree_blocks.calls]
     held = [tiles * width for tiles, width in tree_blocks.calls]
@@ -111,7 +112,8 @@ def tree_attention(module, query, key, value, attention_mask, tree_blocks: Tiles
         # a group of query heads that share a key head stands as more queries of one head: no key is repeated
         q = q.view(tiles, TILE, shared, groups, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
         k, v = (x.view(tiles, -1, shared, x.shape[1] // shared).transpose(1, 2) for x in (k, v))
-        out = _attend(q, k, v, bias, groups=groups, **kwargs)  # (B, shared, groups x TILE, head size)
+        with gathered_again({k: of_keys[0], v: of_keys[1]}, index["key"]):
+            out = _attend(q, k, v, bias, groups=groups, **kwargs)  # (B, shared, groups x TILE, head size)
         out = out.unflatten(2, (groups, TILE)).permute(0, 3, 1, 2, 4)
         outputs.append(out.reshape(tiles * TILE, heads * out.shape[-1]))
     out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]

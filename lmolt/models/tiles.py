@@ -8,6 +8,7 @@ CPU (`cut`), and sent to the device in one copy. lmolt/models/attention.py compu
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -188,3 +189,32 @@ class Rows(torch.autograd.Function):
         back, back_from = ctx.saved_tensors
         summed = torch.embedding_bag(gradient.contiguous(), back, back_from, include_last_offset=True)[0]
         return summed, None, None, None
+
+
+@contextmanager
+def gathered_again(rows_of: dict[torch.Tensor, torch.Tensor], index: torch.Tensor):
+    """Of each tensor given, a part of rows[index], the backward pass keeps its rows (T, C) and gathers it once more.
+
+    A tile holds the keys of all its ancestors: in a row with one long sequence they are many times the row's own.
+    Where someone else decides what is kept (activation checkpointing, offloading), it stays with that.
+    """
+    if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        yield
+        return
+    place = lambda x: (x.data_ptr(), x.shape, x.stride())
+    known = {place(tensor): rows.detach() for tensor, rows in rows_of.items()}  # without the tensors: hooks live on
+
+    def pack(saved: torch.Tensor):
+        rows = known.get(place(saved))
+        return saved if rows is None else (rows, saved.storage_offset(), saved.shape, saved.stride())
+
+    def unpack(kept):
+        if isinstance(kept, torch.Tensor):
+            return kept
+        rows, offset, shape, stride = kept
+        width, numbers = rows.shape[1], shape.numel()
+        part = index[offset // width : offset // width + numbers // width]
+        return rows.index_select(0, part).as_strided(shape, stride)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
