@@ -1,6 +1,8 @@
 """Attention over trees: kinds of layers, sinks and soft caps against plain rows; what it asks of a device, counted."""
 
+import contextlib
 import random
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -11,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from lmolt.models import attention
 from lmolt.models import tree as tree_module
 from lmolt.models.attention import TREE, why_not_tree
 from lmolt.models.flex import flex_blocks
@@ -182,6 +185,37 @@ def test_launches_and_full_size_buffers_of_a_layer_do_not_grow_with_the_row():
         assert abs(of_a_layer[8, way][0] - of_a_layer[64, way][0]) <= 6, of_a_layer  # a call more or less
         assert of_a_layer[64, way][0] <= most, of_a_layer
         assert of_a_layer[64, way][1] <= 10, of_a_layer
+
+
+@pytest.mark.parametrize("config", [SHAPE, SHAPE | {"num_key_value_heads": 4}], ids=["shared keys", "keys a head"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gathered_keys_are_not_kept_and_gradients_are_the_same_to_the_bit(monkeypatch, config, checkpointing):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**config), attn_implementation=TREE).to(DEVICE).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tree = build_tree(sequences_of(4, random.Random(0), source=(60, 400))).to(DEVICE)
+    attend, gathered = attention._attend, []
+
+    def spy(query, key, value, *args, **kwargs):
+        gathered.extend(weakref.ref(x._base if x._is_view() else x) for x in (key, value))
+        return attend(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "_attend", spy)
+    gradients, logps = [], []
+    for keep in (False, True):
+        if keep:
+            monkeypatch.setattr(attention, "gathered_again", lambda *_: contextlib.nullcontext())
+        scored = tree_logps(model, tree)
+        if not keep:
+            assert len(gathered) >= 8 and not any(ref() is not None for ref in gathered)
+        scored.sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        logps.append(scored.detach())
+        model.zero_grad()
+    assert torch.equal(*logps)
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0 if DEVICE == "cpu" else 1e-5)
 
 
 def test_one_copy_to_the_device(monkeypatch):

@@ -54,6 +54,7 @@ def wrap_for(name: str) -> list[Path]:
 
 def finished(folder: Path, done: subprocess.CompletedProcess) -> SimpleNamespace:
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "invalid shape" not in done.stderr  # PEFT's warning on the parts that a process holds
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return SimpleNamespace(
         folder=folder,

@@ -364,6 +364,7 @@ def test_evaluation_leaves_nf4_training_its_gradients(tiny_policy, few_triples, 
 
 
 def test_a_sample_is_translated_and_decides_the_best_model(tiny_policy, few_triples, tmp_path):
+    pytest.importorskip("rdkit", reason="it scores molecules; bench-gpu does without rdkit")
     tokenizer, model = loading.load_tokenizer(str(tiny_policy)), AutoModelForCausalLM.from_pretrained(tiny_policy)
     few_triples[1]["chosen"] = "CN"  # the first row whose molecule is sought; the second is another
     chain = [encode_prompt(tokenizer, build_prompt("cap2mol", "x"))[-1], *encode_output(tokenizer, "CN")]

@@ -61,10 +61,10 @@ def excerpt(
     every, total, few = own + made, 1, 1
     if _list_of_layers(model):
         total, few = len(_layers(model)), layers_of_each_kind(model)
-    brief = [cut(own[0], 64), cut(own[0], 16)]
+    brief, on_cpu = [cut(own[0], 64), cut(own[0], 16)], next(model.parameters()).device.type == "cpu"
     try:
         with first_layers(model, few) if few < total else nullcontext():
-            run(brief[1:])  # what is set up once
+            run(brief[on_cpu:])  # what is set up once, on an accelerator for each length
             long, short = (run([sequence]) for sequence in brief)
     except FAILURES:  # a class that isn't run in parts
         few, long, short = total, run(brief[:1]), run(brief[1:])
