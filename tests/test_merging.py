@@ -369,6 +369,21 @@ def test_nuslerp_turns_the_task_vector(tmp_path):
 # --- what was stored
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_values_equal_to_the_first_are_counted_where_their_number_is_odd(tmp_path, dtype):
+    first, second = torch.tensor([1.0, 2, 3, -0.0, 7]), torch.tensor([1.0, 4, 3, 0.0, 7])
+    folders = [checkpoint(tmp_path / name, x.bfloat16()) for name, x in (("a", first), ("b", second))]
+    record = methods.merge_tensor("w", folders, None, Recipe("linear", [0.5, 0.5]), dtype, lambda _: None)
+    assert (record["equal"], record["looked"]) == (3, 5)  # 2 is 3 now, and -0 is 0, which has other bits
+
+
+def test_a_slerp_beyond_the_types_range_is_refused(tmp_path):
+    """A norm below 2^15 tells that no value can be; of larger ones, each value is looked at."""
+    folders = [checkpoint(tmp_path / str(i), torch.tensor(x)) for i, x in enumerate([[6e4, 0.0], [0.0, 7e4]])]
+    with pytest.raises(ValueError, match="leave the range of F16"):
+        methods.merge_tensor("w", folders, None, Recipe("slerp", [0.0, 1.0]), "F16", lambda _: None)
+
+
 def stored_weights(records, dtype="BF16"):
     from lmolt.merging.provenance import summarise
 
@@ -392,7 +407,7 @@ def test_the_stored_ratio_is_what_is_reported(tmp_path, size, expected, with_bas
     total = stored_weights([{"tensor": "w", **record}])
     merged = np.concatenate([safetensors_io.decode(piece, "BF16", np.float64) for piece in pieces])
     a, b, o = (x.double().numpy() for x in (*tensors, base))
-    looked = np.concatenate([np.arange(i, min(i + (1 << 16), a.size)) for i in range(0, a.size, 8 << 16)])
+    looked = np.concatenate([np.arange(i, min(i + (1 << 16), a.size)) for i in range(0, a.size, methods.FITTED << 16)])
     deltas = np.stack([a - o, b - o])[:, looked]
     mine = np.linalg.lstsq(deltas.T, (merged - o)[looked], rcond=None)[0]
     assert total["asked_weights"] == pytest.approx([0.95, 0.05])

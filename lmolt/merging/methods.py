@@ -45,7 +45,8 @@ from lmolt.merging.trim import Bracket, Trim, radix_select
 
 TIE = 2.0**-20  # of the votes' magnitudes; float32 sums of a few are off by 2^-23
 INTEGERS, SIGN = {4: np.int32, 8: np.int64}, {np.int32: -(1 << 31), np.int64: -(1 << 63)}  # and the sign bit alone
-FITTED = 8  # one piece in so many is looked at for what was stored
+SMALL = 2.0**15  # in the range of each type
+FITTED = 16  # one piece in so many is looked at for what was stored
 
 
 # --- formulas, on flat arrays of one working type
@@ -263,7 +264,7 @@ def merge_tensor(
     record = {"size": models[0].entries[name].size, "shares": shares}
     inner, finite = np.zeros((len(models) + 1, len(models) + 1)), True
 
-    whole = 1.0  # how much of a common origin the output has
+    whole, bound = 1.0, math.inf  # how much of a common origin the output has; what no value of it is beyond
     if base and recipe.method in ("ties", "dare_ties"):
         combine = ties_combiner(name, known, recipe, work, record, inner)
     elif base:
@@ -274,6 +275,7 @@ def merge_tensor(
         *factors, record["linear"] = slerp_coefficients(inner[:2, :2], shares[1], threshold)
         combine, whole = (lambda pieces: weighted_sum(pieces, factors)), sum(factors)
         record["factors"] = list(factors)
+        bound = float(np.abs(factors) @ np.sqrt(np.diag(known[0])))  # no value is larger than its tensor's norm
     else:
         factors, whole = shares, sum(shares)
 
@@ -290,7 +292,7 @@ def merge_tensor(
         (origin,) = next(origins) if origins else (None,)
         seen = [piece.copy() for piece in pieces] if index % FITTED == 0 else None
         stored = store(combine(list(pieces)), min(PIECE, record["size"] - index * PIECE))
-        finite = finite and all_finite(stored, dtype)
+        finite = finite and (bound < SMALL or all_finite(stored, dtype))
         write(stored)
         if seen:
             fit.add(seen[: len(models)], seen[-1] if base else origin, stored, whole)
@@ -318,12 +320,17 @@ class Fit:
 
     def add(self, models: list, origin: np.ndarray | None, stored: np.ndarray, whole: float) -> None:
         """`origin` None: the first model is the origin. `whole`: how much of it the output has."""
-        self.equal += int(np.count_nonzero(stored == self.work.store(models[0], stored.size)))
+        values = self.work.load(stored, self.work.dtype)
+        if self.work.pairs:  # as many bits as are stored: no need to store the model's again
+            same = values.view(np.uint32) == models[0].view(np.uint32)
+            self.equal += int(np.count_nonzero(same)) - stored.size % 2  # less the 0 at the end of both
+        else:
+            bits = f"u{stored.itemsize}"
+            self.equal += int(np.count_nonzero(stored.view(bits) == self.work.store(models[0], stored.size).view(bits)))
         self.looked += stored.size
         if origin is None:
             origin, models = models[0], models[1:]
         vectors = [np.subtract(model, origin) for model in models]
-        values = self.work.load(stored, self.work.dtype)
         values -= origin if whole == 1 else origin * self.work.type(whole)
         add_inner_products(self.products, vectors, values)
 
