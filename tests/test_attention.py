@@ -45,11 +45,6 @@ CONFIGS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _a_new_book(monkeypatch):
-    monkeypatch.setattr(tree_module, "SHAPES", {True: Shapes(), False: Shapes()})
-
-
 def sharp(model):
     """Weights drawn large, so that attention to a wrong token shows."""
     torch.manual_seed(1)

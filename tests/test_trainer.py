@@ -396,6 +396,19 @@ def test_a_sample_is_translated_and_decides_the_best_model(tiny_policy, few_trip
     assert trainer.state.best_metric == 0.5
 
 
+def test_what_is_scored_without_gradient_changes_no_shape_of_training(tiny_policy, few_triples, tmp_path):
+    """Self-check, references, KTO's z and evaluation: some depend on time, or on what lies on disk."""
+    trainer = make_trainer(tiny_policy, few_triples, tmp_path, loss="kto", per_device_train_batch_size=8)
+    trainer.check_model()
+    trainer.set_references({"base": "a", "adapter": ""})
+    trainer.evaluate(trainer.train_dataset)
+    (batch,) = list(trainer.get_train_dataloader())[:1]
+    normalisers = trainer._normalisers([batch])
+    assert trainer.shapes.entries == []
+    trainer.compute_loss(trainer.model, batch, num_items_in_batch=normalisers)
+    assert trainer.shapes.entries
+
+
 def test_a_second_run_finds_its_reference_and_another_model_does_not(tiny_policy, few_triples, tmp_path):
     trainer = make_trainer(tiny_policy, few_triples, tmp_path)
     assert trainer.set_references({"base": "a", "adapter": ""}) == "computed"

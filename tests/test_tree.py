@@ -6,7 +6,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from lmolt.models.attention import TREE
-from lmolt.models.tree import SHAPES, build_tree, padded_logps, tree_logps
+from lmolt.models.tiles import Shapes
+from lmolt.models.tree import build_tree, padded_logps, tree_logps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {
@@ -65,17 +66,18 @@ def test_tree_equals_padded_rows(name, kind, attention):
         assert (gradients["tree"][parameter] - expected).norm() <= 1e-4 * expected.norm(), parameter
 
 
-def test_passes_without_gradient_leave_the_shapes_of_training_alone():
-    """Else training would round otherwise where references are made than where they are found on disk."""
-    model = make_model("llama", "full", TREE)
-    for shapes in SHAPES.values():
-        shapes.entries.clear()
+def test_without_a_book_of_shapes_a_tree_rounds_alike_whatever_was_scored_before():
+    """Else references would differ between a start that makes them and one that finds a part on disk."""
+    model, book = make_model("llama", "full", TREE), Shapes()
     packed = build_tree(make_sequences()).to(DEVICE)
+    long = build_tree([(prompt * 8, output) for prompt, output in make_sequences()]).to(DEVICE)
     with torch.no_grad():
-        tree_logps(model, packed)
-    assert SHAPES[False].entries and not SHAPES[True].entries
-    tree_logps(model, packed)
-    assert SHAPES[True].entries
+        alone = tree_logps(model, packed)
+        tree_logps(model, long, shapes=book)
+        assert torch.equal(tree_logps(model, packed), alone)
+        entries = list(book.entries)
+        tree_logps(model, packed, shapes=book)
+    assert entries and book.entries[: len(entries)] == entries
 
 
 def test_a_head_of_a_derived_class_has_no_logits_either():

@@ -27,11 +27,6 @@ from lmolt.models.tiles import Shapes, Tiles, cut
 IGNORED = -100
 
 
-# The attention's shapes in training and, apart, in passes without gradient (references, evaluation): whether those
-# are made or found on disk doesn't change how training rounds.
-SHAPES = {True: Shapes(), False: Shapes()}
-
-
 @dataclass
 class Tree:
     """One packed row of T tokens that holds N sequences with S scored tokens, as arrays on the CPU."""
@@ -116,13 +111,16 @@ def build_tree(sequences: list[tuple[list[int], list[int]]]) -> Tree:
     )
 
 
-def tree_logps(model, tree: Tree, score_chunk: int | None = None, attention: str = "tiles") -> torch.Tensor:
+def tree_logps(
+    model, tree: Tree, score_chunk: int | None = None, attention: str = "tiles", shapes: Shapes | None = None
+) -> torch.Tensor:
     """Summed log-probability of each sequence's output, (N,) summed in float64, from one forward pass of `model`.
 
     `model` may be wrapped (DDP, DeepSpeed, FSDP, PEFT): the pass goes through its own `forward`. `score_chunk`
     positions have logits at one time; by default 1,024 on an accelerator (fewer passes over the head's weights than
     its memory is fast) and 256 on a CPU (whose caches they leave). `attention` is "tiles" or "flex"
-    (lmolt/models/tiles.py, flex.py), the same numbers.
+    (lmolt/models/tiles.py, flex.py), the same numbers. `shapes` is the book that a run's tiles are covered from.
+    Without one, how they are covered, and so the last bits, depend on this tree alone, not on what was scored before.
     """
     config = getattr(model, "module", model).config  # a DeepSpeed engine's own `config` is another
     text = config.get_text_config()
@@ -130,7 +128,7 @@ def tree_logps(model, tree: Tree, score_chunk: int | None = None, attention: str
     kinds = layer_kinds(text)
     check_row(text, len(tree.input_ids))
     tiled = config._attn_implementation == TREE
-    sent, tiles = attention_inputs(tree, list(kinds.values()), attention if tiled else None)
+    sent, tiles = attention_inputs(tree, list(kinds.values()), attention if tiled else None, shapes)
     inputs = {
         "input_ids": sent["input_ids"][None],
         "position_ids": sent["position_ids"][None],
@@ -158,7 +156,9 @@ def tree_logps(model, tree: Tree, score_chunk: int | None = None, attention: str
     return total.index_add(0, sent["members"][1], scored[sent["members"][0]])
 
 
-def attention_inputs(tree: Tree, kinds: list, form: str | None) -> tuple[dict[str, torch.Tensor], Tiles | None]:
+def attention_inputs(
+    tree: Tree, kinds: list, form: str | None, shapes: Shapes | None = None
+) -> tuple[dict[str, torch.Tensor], Tiles | None]:
     """The tree's arrays on its device, (window, chunk) of each kind of layer given, and what the attention needs there.
 
     All that is cut or listed is so on the CPU, and one copy brings it to the device.
@@ -166,7 +166,7 @@ def attention_inputs(tree: Tree, kinds: list, form: str | None) -> tuple[dict[st
     arrays = {name: value for name, value in vars(tree).items() if name != "device"}
     calls, names = [], ("some", "some_at", "all", "all_at")
     if form == "tiles":
-        calls, index = cut(tree.subtree_end, SHAPES[torch.is_grad_enabled()])
+        calls, index = cut(tree.subtree_end, shapes or Shapes())
         arrays |= index
     elif form == "flex":
         for i, limits in enumerate(kinds):

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from lmolt import ownership
 from lmolt.distributed import strategy
-from lmolt.models import self_check, tree
+from lmolt.models import self_check
 from lmolt.models.lora import lean_adapters
 from lmolt.models.tiles import Shapes
 from lmolt.models.tree import build_tree, padded_logps, tree_logps
@@ -128,7 +128,7 @@ class PreferenceTrainer(Trainer):
         if args.packing == "tree" and args.device.type == "cuda":
             self.attention, self.attention_ms = attention_choice.choose(self, args.tree_attention)
         self.chosen["tree attention"] = self.attention
-        tree.SHAPES.update({True: Shapes(), False: Shapes()})  # this run's own, whatever ran in this process before
+        self.shapes = Shapes()  # of training's passes with gradient: others round alike whatever was scored before
 
     # --- batches
 
@@ -205,7 +205,8 @@ class PreferenceTrainer(Trainer):
             return padded_logps(model, sequences)
         packed = build_tree(sequences)
         self.efficiency.count(packed.input_ids.size, int(packed.num_tokens.sum()))
-        return tree_logps(model, packed.to(self.args.device), self.args.score_chunk, self.attention)
+        shapes = self.shapes if torch.is_grad_enabled() else None
+        return tree_logps(model, packed.to(self.args.device), self.args.score_chunk, self.attention, shapes)
 
     def _reference(self, batch: MicroBatch, column: int) -> torch.Tensor:
         return batch.references[:, column].to(self.args.device)
@@ -381,13 +382,13 @@ class PreferenceTrainer(Trainer):
         """What makes a resumed run the same to the bit: random states, and the shapes its attention was computed in."""
         super()._save_rng_state(output_dir)
         file = Path(output_dir) / f"attention_shapes_{self.args.process_index}.json"
-        file.write_text(json.dumps(tree.SHAPES[True].entries))
+        file.write_text(json.dumps(self.shapes.entries))
 
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
         file = Path(checkpoint or "") / f"attention_shapes_{self.args.process_index}.json"
         if checkpoint is not None and file.exists():
-            tree.SHAPES[True].entries = [tuple(shape) for shape in json.loads(file.read_text())]
+            self.shapes.entries = [tuple(shape) for shape in json.loads(file.read_text())]
 
     def _save_checkpoint(self, model, trial):
         """Save, seal with a manifest, and only then delete older checkpoints."""
