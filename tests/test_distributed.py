@@ -87,7 +87,7 @@ def logits(model: str, adapter: Path | None = None) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory, tiny_policy, few_triples) -> list:
+def job(tmp_path_factory, tiny_policy, few_triples, compiled) -> list:
     """Seven rows, which neither two processes nor steps of four divide, to train on and to evaluate."""
     triples = tmp_path_factory.mktemp("data") / "triples.jsonl"
     write_triples(few_triples[:7], triples)
@@ -96,7 +96,7 @@ def job(tmp_path_factory, tiny_policy, few_triples) -> list:
     return arguments + ["--lora_r", 8, "--lora_dropout", 0, "--load_best_model_at_end", "false"]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def compiled() -> None:
     """What DeepSpeed compiles at a machine's first start: minutes, of which a run's own limit knows nothing."""
     code = "from deepspeed.ops.op_builder import cpu; cpu.ShareMemCommBuilder().load(); cpu.CPUAdamBuilder().load()"
