@@ -196,7 +196,8 @@ def gathered_again(rows_of: dict[torch.Tensor, torch.Tensor], index: torch.Tenso
     """Of each tensor given, a part of rows[index], the backward pass keeps its rows (T, C) and gathers it once more.
 
     A tile holds the keys of all its ancestors: in a row with one long sequence they are many times the row's own.
-    Where someone else decides what is kept (activation checkpointing, offloading), it stays with that.
+    Where someone else decides what is kept (activation checkpointing, offloading), it stays with that; and what is made
+    of the tensors (a soft cap's products, keys with a sink) is kept as it is.
     """
     if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         yield
