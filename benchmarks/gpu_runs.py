@@ -286,7 +286,7 @@ def strategies(keep) -> dict:
         folder = Path(temporary)
         job = make_job(folder)
         for name in STRATEGIES:
-            if not on_gpu() and name not in ("ddp", "zero3"):
+            if not on_gpu() and name in ("zero3_offload", "fsdp_qlora"):
                 figures[name] = "skipped: no GPU (tests/test_distributed.py runs it on CPUs)"
                 continue
             config = ROOT / "accelerate_configs" / f"{name}.yaml"

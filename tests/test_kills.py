@@ -91,7 +91,7 @@ def _timeless(value):
 
 def commands(folder: Path, policy: Path) -> dict[str, tuple[list, str]]:
     """Of each script, a command whose work takes about as long as its imports, and what starts it again."""
-    pairs = [{"molecule": "C" * n + "O" * (n % 3), "caption": f"A chain of {n} atoms."} for n in range(1, 41)]
+    pairs = [{"molecule": "C" * n + "O" * (n % 3), "caption": f"A chain of {n} atoms."} for n in range(1, 61)]
     write_table(pairs, folder / "pairs.csv")
     triples = []
     for i, pair in enumerate(pairs):

@@ -25,7 +25,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-@pytest.mark.parametrize("loss", ["cpo", "kto"])  # without a reference; with one, and with z over both processes
+@pytest.mark.parametrize("loss", ["sft", "dpo", "cpo", "kto"])
 def test_two_processes_equal_one(loss, tmp_path, tiny_policy, few_triples):
     write_triples(few_triples[:23], tmp_path / "triples.jsonl")  # 23 rows: the last step doesn't divide by two
     (tmp_path / "two.yaml").write_text(TWO)
@@ -45,7 +45,7 @@ def test_two_processes_equal_one(loss, tmp_path, tiny_policy, few_triples):
         assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "two" / "run.json").read_text())
     assert record["world_size"] == 2
-    if loss == "cpo":  # else the second run finds the reference's log-probabilities, and scores less
+    if loss in ("sft", "cpo"):  # else the second run finds the reference's log-probabilities, and scores less
         scored = [json.loads((tmp_path / name / "efficiency.json").read_text())["scored_tokens"] for name in runs]
         assert scored[0] <= scored[1] < 1.2 * scored[0]  # of both processes; more by the row that fills the last step
     logs = {

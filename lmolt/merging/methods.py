@@ -46,7 +46,7 @@ from lmolt.merging.trim import Bracket, Trim, radix_select
 TIE = 2.0**-20  # of the votes' magnitudes; float32 sums of a few are off by 2^-23
 INTEGERS, SIGN = {4: np.int32, 8: np.int64}, {np.int32: -(1 << 31), np.int64: -(1 << 63)}  # and the sign bit alone
 SMALL = 2.0**15  # in the range of each type
-FITTED = 16  # one piece in so many is looked at for what was stored
+FITTED = 8  # one piece in so many is looked at for what was stored
 
 
 # --- formulas, on flat arrays of one working type

@@ -202,7 +202,7 @@ def write_lineage(folder: Path, name: str, lineage: dict, *, seq2seq: bool = Fal
 {table(lineage)}
 
 Effective weights are the least-squares fit of the stored values on the inputs' deltas: what is left of the weights
-asked for. They are fitted on one stretch of 64K values in sixteen.
+asked for. They are fitted on one stretch of 64K values in eight.
 
 | argument | |
 |---|---|
