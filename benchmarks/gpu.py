@@ -299,7 +299,7 @@ def steps(keep) -> dict:
 PARTS = {"versions": versions, "forms": forms, "new_shapes": new_shapes, "attention": attention, "head": head,
          "steps": steps, "trl": gpu_runs.trl, "tests": tests, "memory": gpu_runs.memory,
          "references": gpu_runs.references, "translating": gpu_runs.translating, "strategies": gpu_runs.strategies,
-         "resume": gpu_runs.resume, "out_of_memory": gpu_runs.out_of_memory}  # fmt: skip
+         "offload": gpu_runs.offload, "resume": gpu_runs.resume, "out_of_memory": gpu_runs.out_of_memory}  # fmt: skip
 OUTPUT = ROOT / "runs" / "bench" / "gpu"
 
 

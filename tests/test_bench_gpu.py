@@ -12,6 +12,7 @@ from conftest import ROOT
 MAY_BE_SKIPPED = {
     "new_shapes": "no GPU",
     "memory": "no GPU",
+    "offload": "no GPU",
     "out_of_memory": "no GPU",
     "trl": "pip install -r benchmarks/requirements.txt",
 }
@@ -30,8 +31,8 @@ def test_all_parts_end_on_a_cpu_and_finished_ones_are_skipped(tmp_path):
     done = run("--output", tmp_path)
     assert done.returncode == 0, done.stderr
     parts = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
-    names = "versions forms new_shapes attention head steps trl tests memory references translating strategies resume"
-    assert set(parts) == {*names.split(), "out_of_memory"}
+    names = "versions forms new_shapes attention head steps trl tests memory references translating strategies offload"
+    assert set(parts) == {*names.split(), "resume", "out_of_memory"}
     for name, part in parts.items():
         if name in MAY_BE_SKIPPED and part["state"].startswith("skipped"):
             assert MAY_BE_SKIPPED[name] in part["state"]
