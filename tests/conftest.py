@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 # One thread a process: the tests' models are tiny, and several processes on few cores wait for each other else.
@@ -13,6 +14,8 @@ os.environ.update(
     OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "")
 )
 ROOT = Path(__file__).resolve().parents[1]
+# What DeepSpeed compiles. Not the user's: a start that a test ends meanwhile leaves a lock, for which others wait.
+os.environ["TORCH_EXTENSIONS_DIR"] = str(ROOT / ".pytest_cache" / "torch_extensions")
 sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
@@ -123,6 +126,25 @@ def evaluate():
 def merge():
     """scripts/merge.py in this process."""
     return lambda *argv: load_script("merge").main([str(argument) for argument in argv])
+
+
+@pytest.fixture(scope="session")
+def compiled() -> None:
+    """What DeepSpeed compiles at a machine's first start: minutes, of which a run's own limit knows nothing."""
+    import fcntl  # here: Windows has none
+
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    folder.mkdir(parents=True, exist_ok=True)
+    code = "from deepspeed.ops.op_builder import cpu; cpu.ShareMemCommBuilder().load(); cpu.CPUAdamBuilder().load()"
+    command, environment = [sys.executable, "-c", code], os.environ | {"DS_ACCELERATOR": "cpu"}
+    with (folder / "compiled.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest's other processes wait here
+        if (done := folder / f"compiled-{version('deepspeed')}-{version('torch')}").exists():
+            return
+        for left in folder.glob("*/lock"):  # by a session that was killed
+            left.unlink()
+        subprocess.run(command, check=True, env=environment, timeout=900)
+        done.touch()
 
 
 @pytest.fixture

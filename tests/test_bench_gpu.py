@@ -27,7 +27,7 @@ def run(*arguments):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the toy scale is a CPU's")
-def test_all_parts_end_on_a_cpu_and_finished_ones_are_skipped(tmp_path):
+def test_all_parts_end_on_a_cpu_and_finished_ones_are_skipped(tmp_path, compiled):
     done = run("--output", tmp_path)
     assert done.returncode == 0, done.stderr
     parts = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}

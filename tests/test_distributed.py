@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import load_script
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -94,14 +95,6 @@ def job(tmp_path_factory, tiny_policy, few_triples, compiled) -> list:
     arguments = ["--loss", "cpo", "--model", tiny_policy, "--triples", triples, "--eval_triples", triples]
     arguments += ["--num_train_epochs", 2, "--gradient_accumulation_steps", 1, "--learning_rate", "1e-3"]
     return arguments + ["--lora_r", 8, "--lora_dropout", 0, "--load_best_model_at_end", "false"]
-
-
-@pytest.fixture(scope="module")
-def compiled() -> None:
-    """What DeepSpeed compiles at a machine's first start: minutes, of which a run's own limit knows nothing."""
-    code = "from deepspeed.ops.op_builder import cpu; cpu.ShareMemCommBuilder().load(); cpu.CPUAdamBuilder().load()"
-    command, environment = [sys.executable, "-c", code], os.environ | {"DS_ACCELERATOR": "cpu"}
-    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +236,22 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     strategy.check_resumable(tmp_path, saved | {"name": "single", "world_size": 1})
     with pytest.raises(ValueError, match="64 triples a step, and this run has 128; give --gradient_accumulation_steps"):
         strategy.check_resumable(tmp_path, saved | {"name": "DDP", "world_size": 4, "triples_per_step": 128})
+
+
+def test_a_killed_compiler_is_waited_for_no_longer_than_said(tmp_path, monkeypatch, capsys):
+    """DeepSpeed's lock while it compiles is a file, which a killed process leaves, and which is waited for for ever."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "cpu_adam" / "lock"
+    strategy.wait_for_compiler()
+    lock.parent.mkdir()
+    with lock.open("w"):  # as torch's file_baton has it
+        os.utime(lock, (0, 0))
+        strategy.wait_for_compiler()
+    lock.touch()
+    with pytest.raises(ValueError, match=f"{lock} is 0 min old and no process of this machine has it open.*delete"):
+        strategy.wait_for_compiler(patience=1)
+    assert capsys.readouterr().out.count("waits at most 0 min for another machine that compiles") == 1
+    os.utime(lock, (0, 0))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="a start was killed while DeepSpeed compiled"):
+        load_script("train_pref").main(["--loss", "cpo"])

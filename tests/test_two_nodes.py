@@ -31,7 +31,7 @@ def qlora(tmp_path_factory, tiny_policy, few_triples):
         ("zero3", {"zero_pp_rank_1_mp_rank_00_optim_states.pt", "zero_pp_rank_1_mp_rank_00_model_states.pt"}),
     ],
 )
-def test_two_nodes_equal_one_process(strategy, second_nodes_share, two_nodes, qlora, tmp_path):
+def test_two_nodes_equal_one_process(strategy, second_nodes_share, two_nodes, qlora, tmp_path, compiled):
     arguments, expected = qlora
     nodes = two_nodes.train(*arguments, 2, "--output_dir", tmp_path / "out", STRATEGY=strategy)
     assert [node.wait(timeout=120) for node in nodes] == [0, 0], two_nodes.said(0) + two_nodes.said(1)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,48 @@ def strategy_of(accelerator: Accelerator) -> dict:
     elif kind == DistributedType.DEEPSPEED:
         name, offload = f"ZeRO-{plugin.zero_stage}", plugin.offload_param_device
     return {"name": name, "offload": offload or "none", "world_size": accelerator.num_processes}
+
+
+def wait_for_compiler(patience: float = 900) -> None:
+    """Wait while another start compiles DeepSpeed's kernels; `ValueError` where a killed one left its lock for ever.
+
+    That lock is a file which its process keeps open (torch.utils.file_baton), and which DeepSpeed waits for without a
+    word and without end. One that no process of this machine has open may be another machine's, of a shared folder:
+    only one of more than `patience` seconds is taken for a killed start's.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).resolve()
+    for lock in (*root.glob("*/lock"), *root.glob("*/*/lock")):
+        told = False
+        while not _is_open(lock) and (age := _age(lock)) is not None:
+            if age > patience:
+                raise ValueError(
+                    f"{lock} is {age / 60:.0f} min old and no process of this machine has it open: a start was killed "
+                    "while DeepSpeed compiled, and each later one would wait for it for ever; delete that file"
+                )
+            if not told and os.environ.get("RANK", "0") == "0":
+                print(f"waits at most {patience / 60:.0f} min for another machine that compiles: {lock}", flush=True)
+            told = True
+            time.sleep(0.5)
+
+
+def _age(path: Path) -> float | None:
+    """Seconds since it was made; None where it is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime
+    return None
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process of this machine has it open, of those that one may look at."""
+    for process in Path("/proc").iterdir() if Path("/proc").exists() else ():
+        with contextlib.suppress(OSError):  # it is none, has ended, or is another user's
+            for descriptor in (process / "fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+                    if descriptor.readlink() == path:
+                        return True
+    return False
 
 
 def keep_outputs_exact(plugin) -> None:
