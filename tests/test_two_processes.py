@@ -65,53 +65,6 @@ def test_two_processes_equal_one(loss, tmp_path, tiny_policy, few_triples):
     assert all(torch.allclose(two[name], one[name], atol=1e-4) for name in one)
 
 
-AGREE = """
-import os, sys
-from pathlib import Path
-from accelerate import PartialState
-from lmolt.distributed import strategy
-from lmolt.training import checkpoints
-rank = PartialState(cpu=True).process_index
-os.chdir(sys.argv[1 + rank])
-try:
-    found = strategy.first_decides(lambda: checkpoints.last_good_checkpoint(Path(".")))
-    checkpoints.check_seen_alike(found, patience=1)
-    said = found
-except ValueError as error:
-    said = error
-os.write(1, f"{rank} {said}\\n".encode())  # in one piece: both write to the same pipe
-PartialState().wait_for_everyone()
-os._exit(0)  # as strategy.exit_other_processes: a thread of gloo's may abort an interpreter that finalizes
-"""
-
-
-@pytest.mark.parametrize("second", ["same", "other", "none"])
-def test_all_resume_the_same_checkpoint_or_none(second, tmp_path):
-    """Each process in a folder of its own: a shared disk that shows another state to another machine."""
-    (tmp_path / "two.yaml").write_text(TWO)
-    (tmp_path / "agree.py").write_text(AGREE)
-    for name, content in (("a", "x"), ("b", "x" if second == "same" else "y")):
-        checkpoint = tmp_path / name / "checkpoint-3"
-        checkpoint.mkdir(parents=True)
-        (checkpoint / "weights").write_text(content)
-        (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
-        if name == "a" or second != "none":
-            checkpoints.write_manifest(checkpoint)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "two.yaml"]
-    command += ["--main_process_port", free_port(), tmp_path / "agree.py", tmp_path / "a", tmp_path / "b"]
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 0, done.stderr
-    said = sorted(done.stdout.splitlines())
-    if second == "same":
-        assert said == ["0 checkpoint-3", "1 checkpoint-3"]
-    else:
-        assert [line[0] for line in said] == ["0", "1"]
-        assert all("checkpoint-3, which is another one, or none, on" in line for line in said)
-        assert all(line.endswith("(process 1)") for line in said)
-
-
 def test_a_cache_for_each_process_is_no_reason_to_wait(tmp_path, tiny_policy, few_triples):
     """DPO twice: the first process has the reference's log-probabilities of the first run, the second never has."""
     write_triples(few_triples[:8], tmp_path / "triples.jsonl")
@@ -162,76 +115,109 @@ def test_processors_of_two_kinds_compute_alike_or_not_at_all(tmp_path, tiny_poli
     assert "NF4 computes in is torch.float32, and torch.bfloat16 in the first process: the machine" in done.stderr
 
 
-SHARE = """
+# What two processes do together, case by case; each says what came of it
+TOGETHER = """
 import os, sys
+from pathlib import Path
 from accelerate import PartialState
-from lmolt.distributed.strategy import shared_out
-rank = PartialState(cpu=True).process_index
-computed = []
-rows = [str(i) for i in range(5)]
-if sys.argv[1] == "other" and rank == 1:
-    rows[2] = "x"
-def encode(row):
-    if row == sys.argv[1]:
-        raise ValueError(f"row {row} is wrong")
-    computed.append(row)
-    return row * 2
-try:
-    said = "".join(shared_out(encode, rows))
-except ValueError as error:
-    said = error
-os.write(1, f"{rank} {len(computed)} {said}\\n".encode())
-PartialState().wait_for_everyone()
-os._exit(0)
-"""
-
-
-@pytest.mark.parametrize(
-    ("case", "said"),
-    [
-        ("right", ["0 3 0011223344", "1 2 0011223344"]),
-        ("3", ["0 3 row 3 is wrong (process 1)", "1 1 row 3 is wrong (process 1)"]),
-        (
-            "other",
-            [f"{rank} 0 process 1 reads other rows than the first; give all machines the same file" for rank in (0, 1)],
-        ),
-    ],
-)
-def test_each_process_computes_its_share(case, said, tmp_path):
-    (tmp_path / "two.yaml").write_text(TWO)
-    (tmp_path / "share.py").write_text(SHARE)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "two.yaml"]
-    command += ["--main_process_port", free_port(), tmp_path / "share.py", case]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=120)
-    assert sorted(done.stdout.splitlines()) == said, done.stderr[-2000:]
-
-
-OTHER = """
-import os, sys
-from accelerate import PartialState
-rank = PartialState(cpu=True).process_index
+state = PartialState(cpu=True)
+rank = state.process_index
+from lmolt.distributed.strategy import first_decides, shared_out
 from lmolt.generation.translate import load_translator, translate
-model, tokenizer = load_translator(sys.argv[2], dtype="float16" if rank and sys.argv[1] == "precision" else "float32")
-prompts = ["CC", "CO" if rank and sys.argv[1] == "prompts" else "CN"]
-try:
-    said = len(translate(model, tokenizer, prompts, max_new_tokens=2))
-except ValueError as error:
-    said = error
-os.write(1, f"{rank} {said}\\n".encode())
-PartialState().wait_for_everyone()
-os._exit(0)
+from lmolt.training import checkpoints
+
+def agree(case):
+    os.chdir(Path(case) / "ab"[rank])
+    found = first_decides(lambda: checkpoints.last_good_checkpoint(Path(".")))
+    checkpoints.check_seen_alike(found, patience=1)
+    return found
+
+def share(case):
+    rows = [str(i) for i in range(5)]
+    if case == "other" and rank == 1:
+        rows[2] = "x"
+    def encode(row):
+        if row == case:
+            raise ValueError(f"row {row} is wrong")
+        computed.append(row)
+        return row * 2
+    return "".join(shared_out(encode, rows))
+
+def other(case):
+    dtype = "float16" if rank and case == "precision" else "float32"
+    model, tokenizer = load_translator(os.environ["POLICY"], dtype=dtype)
+    prompts = ["CC", "CO" if rank and case == "prompts" else "CN"]
+    return len(translate(model, tokenizer, prompts, max_new_tokens=2))
+
+for what in sys.argv[1:]:
+    computed = []
+    name, case = what.split("=")
+    try:
+        said = globals()[name](case)
+    except ValueError as error:
+        said = error
+    os.write(1, f"{what}\\t{rank} {len(computed)} {said}\\n".encode())  # in one piece: both write to the same pipe
+    state.wait_for_everyone()
+os._exit(0)  # as strategy.exit_other_processes: a thread of gloo's may abort an interpreter that finalizes
 """
+SEEN = ("same", "other", "none")
+SHARED = {
+    "right": ["0 3 0011223344", "1 2 0011223344"],
+    "3": ["0 3 row 3 is wrong (process 1)", "1 1 row 3 is wrong (process 1)"],
+    "other": [
+        f"{rank} 0 process 1 reads other rows than the first; give all machines the same file" for rank in (0, 1)
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, tiny_policy) -> dict[str, list[str]]:
+    """What both processes said of each case, the first process first."""
+    folder = tmp_path_factory.mktemp("together")
+    (folder / "two.yaml").write_text(TWO)
+    (folder / "together.py").write_text(TOGETHER)
+    for second in SEEN:  # a shared disk that shows another state to another machine
+        for name, content in (("a", "x"), ("b", "x" if second == "same" else "y")):
+            checkpoint = folder / second / name / "checkpoint-3"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "weights").write_text(content)
+            (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
+            if name == "a" or second != "none":
+                checkpoints.write_manifest(checkpoint)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", folder / "two.yaml"]
+    command += ["--main_process_port", free_port(), folder / "together.py", *(f"share={case}" for case in SHARED)]
+    command += ["other=prompts", "other=precision", *(f"agree={folder / second}" for second in SEEN)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "POLICY": str(tiny_policy)}
+    environment["LMOLT_CACHE"] = str(folder / "cache")
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {}
+    for line in sorted(done.stdout.splitlines()):
+        what, _, said = line.partition("\t")
+        found.setdefault(what.replace(f"{folder}/", ""), []).append(said)
+    return found
+
+
+@pytest.mark.parametrize("second", SEEN)
+def test_all_resume_the_same_checkpoint_or_none(second, together):
+    said = together[f"agree={second}"]
+    if second == "same":
+        assert said == ["0 0 checkpoint-3", "1 0 checkpoint-3"]
+    else:
+        assert [line[0] for line in said] == ["0", "1"]
+        assert all("checkpoint-3, which is another one, or none, on" in line for line in said)
+        assert all(line.endswith("(process 1)") for line in said)
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_each_process_computes_its_share(case, together):
+    assert together[f"share={case}"] == SHARED[case]
 
 
 @pytest.mark.parametrize("case", ["prompts", "precision"])
-def test_what_is_shared_out_is_the_same_for_all(case, tmp_path, tiny_policy):
+def test_what_is_shared_out_is_the_same_for_all(case, together):
     """Else half of the outputs would be another machine's, of another precision, or be missing in the end."""
-    (tmp_path / "two.yaml").write_text(TWO)
-    (tmp_path / "other.py").write_text(OTHER)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "two.yaml"]
-    command += ["--main_process_port", free_port(), tmp_path / "other.py", case, tiny_policy]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=120)
     why = "process 1 has other prompts, another model or precision than the first; give all machines the same"
-    assert sorted(done.stdout.splitlines()) == [f"0 {why}", f"1 {why}"], done.stderr[-2000:]
+    assert together[f"other={case}"] == [f"0 0 {why}", f"1 0 {why}"]
