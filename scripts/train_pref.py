@@ -281,8 +281,6 @@ def set_references(trainer: PreferenceTrainer) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or any(flag.startswith("--deepspeed") for flag in argv):
-        strategy.wait_for_compiler()
     args = parse_arguments(argv)
     HEARTBEAT.start()
     set_seed(args.seed)

@@ -133,16 +133,19 @@ def compiled() -> None:
     """What DeepSpeed compiles at a machine's first start: minutes, of which a run's own limit knows nothing."""
     import fcntl  # here: Windows has none
 
+    from lmolt.distributed.strategy import is_open
+
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     folder.mkdir(parents=True, exist_ok=True)
     code = "from deepspeed.ops.op_builder import cpu; cpu.ShareMemCommBuilder().load(); cpu.CPUAdamBuilder().load()"
     command, environment = [sys.executable, "-c", code], os.environ | {"DS_ACCELERATOR": "cpu"}
     with (folder / "compiled.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # pytest's other processes wait here
+        for left in folder.glob("*/lock"):  # by a session that was killed, for one that runs holds it
+            if not is_open(left):
+                left.unlink(missing_ok=True)
         if (done := folder / f"compiled-{version('deepspeed')}-{version('torch')}").exists():
             return
-        for left in folder.glob("*/lock"):  # by a session that was killed
-            left.unlink()
         subprocess.run(command, check=True, env=environment, timeout=900)
         done.touch()
 

@@ -238,6 +238,7 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         strategy.check_resumable(tmp_path, saved | {"name": "DDP", "world_size": 4, "triples_per_step": 128})
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_compiler_is_waited_for_no_longer_than_said(tmp_path, monkeypatch, capsys):
     """DeepSpeed's lock while it compiles is a file, which a killed process leaves, and which is waited for for ever."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
@@ -252,6 +253,10 @@ def test_a_killed_compiler_is_waited_for_no_longer_than_said(tmp_path, monkeypat
         strategy.wait_for_compiler(patience=1)
     assert capsys.readouterr().out.count("waits at most 0 min for another machine that compiles") == 1
     os.utime(lock, (0, 0))
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="a start was killed while DeepSpeed compiled"):
-        load_script("train_pref").main(["--loss", "cpo"])
+    (tmp_path / "recipe.yaml").write_text(f"deepspeed: {tmp_path / 'zero.json'}\n")
+    train = ["--model", "m", "--triples", "t.jsonl"]
+    for way in (["--deepspeed", str(tmp_path / "zero.json")], ["--recipe", str(tmp_path / "recipe.yaml")], []):
+        if not way:  # as accelerate's configuration says it
+            monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(ValueError, match="a start was killed while DeepSpeed compiled"):
+            load_script("train_pref").main([*train, *way])

@@ -55,7 +55,7 @@ def wait_for_compiler(patience: float = 900) -> None:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).resolve()
     for lock in (*root.glob("*/lock"), *root.glob("*/*/lock")):
         told = False
-        while not _is_open(lock) and (age := _age(lock)) is not None:
+        while not is_open(lock) and (age := _age(lock)) is not None:
             if age > patience:
                 raise ValueError(
                     f"{lock} is {age / 60:.0f} min old and no process of this machine has it open: a start was killed "
@@ -74,7 +74,7 @@ def _age(path: Path) -> float | None:
     return None
 
 
-def _is_open(path: Path) -> bool:
+def is_open(path: Path) -> bool:
     """Whether a process of this machine has it open, of those that one may look at."""
     for process in Path("/proc").iterdir() if Path("/proc").exists() else ():
         with contextlib.suppress(OSError):  # it is none, has ended, or is another user's

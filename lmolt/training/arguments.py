@@ -13,6 +13,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_torch_npu_available, is_torch_xpu_available
 
+from lmolt.distributed.strategy import wait_for_compiler
 from lmolt.prompts import STYLES
 from lmolt.training import liger
 from lmolt.training.flags import FULL_RANK, REFUSED, check_refused
@@ -213,6 +214,8 @@ class PreferenceArguments(_Parameters):
         self.restore_callback_states_from_checkpoint = True  # else early stopping would count anew
         self._settle_precision()
         self.output_dir = self.output_dir or f"runs/{self.loss}"
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            wait_for_compiler()
         super().__post_init__()
         self._n_gpu = min(self.n_gpu, 1)  # else Trainer cuts batches for all GPUs that one process sees (DataParallel)
         self.label_names = []  # the loss is computed from trees, not from labels
